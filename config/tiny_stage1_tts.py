@@ -1,0 +1,12 @@
+"""
+Stage 1 TTS, embedded world: text -> speech units. The speech LM learns to speak, given text embeddings alone.
+"""
+stage = "stage1_tts"
+init_from = "out/tiny_stage1"
+out_dir = "out/tiny_stage1_tts"
+batch_size = 32
+micro_batch = 32
+epochs = 6
+lr = 2e-3
+eval_every = 200
+save_every = 200

@@ -1,0 +1,241 @@
+"""
+How good is a checkpoint? Spoken questions that were never asked, in voices that were never heard.
+
+Why: a loss says little about a conversation. As in the paper (section 4.2) there are two accuracies, of the text and
+of the speech, where an answer counts if it occurs in the reply, and a word error rate between the two.
+    exact        the reply's text is right to the letter
+    S2T, S2S     the answer occurs in the text; in what a recogniser hears in the spoken reply
+    WER          what the recogniser hears, against the reply's own text; beside it the same for the original
+                 synthesiser's speech of the same texts, since the recogniser errs too. The excess is ours.
+The recogniser is independent of all that was trained here: pocketsphinx with its own acoustic model, told only which
+words there are, once with a bigram model of the corpus's replies and once with all words equally likely.
+
+How: python eval.py --ckpt out/tiny_stage2        prints the table, writes eval.json and the first replies as WAV
+"""
+import functools
+import json
+import math
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import accelerate
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from configure import configure, fail
+
+
+# ------------------------------------------------------------------------------------------------------- words
+
+def words(text):
+    """A text as lower-case words without punctuation."""
+    return re.sub(r"[^a-z' ]", " ", text.lower()).split()
+
+
+def word_errors(reference, hypothesis):
+    """Levenshtein distance between two lists of words: substitutions, insertions and deletions."""
+    row = list(range(len(hypothesis) + 1))
+    for i, r in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, h in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (r != h))
+    return row[-1]
+
+
+def word_error_rate(references, hypotheses):
+    """Word errors per reference word, over pairs of texts."""
+    pairs = [(words(r), words(h)) for r, h in zip(references, hypotheses, strict=True)]
+    return sum(word_errors(r, h) for r, h in pairs) / max(1, sum(len(r) for r, _ in pairs))
+
+
+def occurs(answer, text):
+    """Do the words of the answer occur in the text, in a row?"""
+    return f" {' '.join(words(answer))} " in f" {' '.join(words(text))} "
+
+
+# -------------------------------------------------------------------------------------------------- recogniser
+
+def language_model(texts, bigram, discount=0.5):
+    """ARPA text of a bigram model with absolute discounting, or of the uniform distribution over the words."""
+    sentences = [["<s>", *words(t), "</s>"] for t in texts]
+    one, two = Counter(w for s in sentences for w in s), Counter(p for s in sentences for p in zip(s, s[1:]))
+    total, after, kinds = sum(one.values()), Counter(), Counter()
+    for (w, _), n in two.items():
+        after[w] += n
+        kinds[w] += 1
+    p = {w: one[w] / total if bigram else 1 / len(one) for w in one}
+    known = Counter()                                 # probability of the words seen after w, which backing off must not share
+    for w, v in two:
+        known[w] += p[v]
+    lines = ["\\data\\", f"ngram 1={len(one)}", *([f"ngram 2={len(two)}"] if bigram else []), "", "\\1-grams:"]
+    for w in sorted(one):
+        back = f" {math.log10(discount * kinds[w] / after[w] / max(1e-6, 1 - known[w])):.4f}" if bigram and after[w] else ""
+        lines.append(f"{-99 if w == '<s>' else math.log10(p[w]):.4f} {w}{back}")
+    if bigram:
+        lines += ["", "\\2-grams:", *(f"{math.log10((n - discount) / after[w]):.4f} {w} {v}" for (w, v), n in sorted(two.items()))]
+    return "\n".join([*lines, "", "\\end\\", ""])
+
+
+@functools.cache
+def recogniser(arpa):
+    from pocketsphinx import Decoder, get_model_path
+    with tempfile.NamedTemporaryFile("w", suffix=".arpa") as file:
+        file.write(arpa)
+        file.flush()
+        return Decoder(hmm=get_model_path("en-us/en-us"), dict=get_model_path("en-us/cmudict-en-us.dict"), lm=file.name,
+                       loglevel="FATAL")
+
+
+def hear(job):
+    """(wav (samples,) at 16 kHz, ARPA language model) -> the text that pocketsphinx hears."""
+    wav, arpa = job
+    decoder, silence = recogniser(arpa), np.zeros(3200, np.int16)
+    pcm = np.concatenate([silence, (np.clip(wav, -1, 1) * 32767).astype(np.int16), silence])
+    decoder.start_utt()
+    decoder.process_raw(pcm.tobytes(), full_utt=True)
+    decoder.end_utt()
+    return decoder.hyp().hypstr if decoder.hyp() else ""
+
+
+def hear_all(wavs, arpa):
+    """Many clips, on all cores."""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        return list(tqdm(pool.imap(hear, [(w, arpa) for w in wavs], chunksize=8), total=len(wavs), desc="recognising", leave=False))
+
+
+def speak_all(texts):
+    from tiny import world
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        return pool.starmap(world.speak, [(t, world.ASSISTANT) for t in texts], chunksize=32)
+
+
+# ------------------------------------------------------------------------------------------------------- table
+
+@dataclass(frozen=True)
+class EvalConfig:
+    ckpt: str = "out/tiny_stage2"      # a run's folder or a checkpoint
+    corpus: str = "corpus/tiny"        # its test split is asked
+    split: str = "test"                # or validation, while something is still being tuned
+    dialogues: int = 200               # how many
+    codec: str = "tiny/codec.pt"       # units -> waveform
+    out: str = "out/tiny_eval"         # folder for eval.json, the replies and the picture
+    runs: tuple[str, ...] = ()         # the runs of the three stages: draw their losses and a reply into demo.png
+    keep: int = 6                      # how many dialogues are kept as WAV
+    text: bool = False                 # text alone: exact and S2T, for a checkpoint of stage 1
+    temperature: float = 0.3           # of the units
+    top_p: float = 1.0                 # of the units
+    repeats: float = 0.0               # of the units, see sample.py
+    seed: int = 1337                   # of the sampling
+
+
+def picture(path, runs, turn, question, reply, rate):
+    """One PNG: the losses of the runs, and the log-mels of a question and of its reply with the texts under them."""
+    import librosa
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from model import newest_checkpoint
+    fig = plt.figure(figsize=(12, 7))
+    grid = fig.add_gridspec(2, 1)
+    upper, lower = grid[0].subgridspec(1, len(runs)), grid[1].subgridspec(1, 2)
+    for i, run in enumerate(runs):
+        with open(os.path.join(newest_checkpoint(run), "meta.json")) as f:
+            log = json.load(f)["log"]
+        ax = fig.add_subplot(upper[i])
+        for key, style in (("loss", "-"), ("val_loss", "o-")):
+            ax.plot([x["step"] for x in log if key in x], [x[key] for x in log if key in x], style, label=key, markersize=3)
+        ax.set(title=os.path.basename(run), xlabel="step", ylabel="nats per target", yscale="log")
+        ax.legend()
+    for i, (wav, sr, title, text) in enumerate(((question, 16000, "question", turn["question"]), (reply, rate, "reply", turn["text"]))):
+        ax = fig.add_subplot(lower[i])
+        mel = librosa.feature.melspectrogram(y=np.asarray(wav, np.float32), sr=sr, hop_length=sr // 100, n_mels=80, fmax=8000)
+        ax.imshow(librosa.power_to_db(mel, ref=np.max, top_db=70), origin="lower", aspect="auto", extent=(0, len(wav) / sr, 0, 80))
+        ax.set(title=title, xlabel=f"seconds\n{text}", ylabel="mel bin")
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+
+
+def main():
+    cfg = configure(EvalConfig)
+    from codec import NanoCodec
+    from data import load_corpus, read_wav
+    from model import Omni, log_mel
+    from sample import SampleConfig, answer
+    torch.manual_seed(cfg.seed)
+    device = accelerate.PartialState().device
+    rows = load_corpus(cfg.corpus, cfg.split)
+    rows = rows.select(range(min(cfg.dialogues, len(rows))))
+    try:
+        omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
+        codec = None if cfg.text else NanoCodec.load(cfg.codec).to(device)
+    except (OSError, ValueError, RuntimeError) as e:
+        fail(e)
+    omni.eval().to(device)
+    os.makedirs(cfg.out, exist_ok=True)
+    how = SampleConfig(temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
+
+    turns, start = [], time.time()
+    for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
+        clips = [torch.from_numpy(read_wav(a)) for a in row["speech"]]
+        mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in clips]
+        said = []                                     # the conversation goes on from what the model said itself
+        for t in range(len(mels)):
+            text, wav, notes, (first_text, first_audio, seconds) = answer(omni, tokenizer, codec, mels[:t + 1], said, how)
+            said.append(text)
+            turns.append({"id": row["id"], "turn": t, "topic": row["topics"][t], "question": row["users"][t],
+                          "reference": row["replies"][t], "answer": row["answers"][t], "text": text, "notes": notes,
+                          "wav": wav, "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
+            if d < cfg.keep:
+                turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{row['id']}-{t + 1}-{n}.wav" for n in ("question", "reply"))
+                soundfile.write(turns[-1]["question_file"], clips[t].numpy(), 16000)
+                if codec:
+                    soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate)
+    share = lambda hits: 100 * sum(hits) / max(1, len(hits))
+    result = {"dialogues": len(rows), "turns": len(turns),
+              "exact": share([t["text"] == t["reference"] for t in turns]),
+              "s2t": share([occurs(t["answer"], t["text"]) for t in turns]),
+              "exact_needing_history": share([t["text"] == t["reference"] for t in turns if t["topic"] == "recalling"])}
+    print(f"\n{'topic':14}{'turns':>7}{'exact %':>9}")
+    for topic, n in Counter(t["topic"] for t in turns).most_common():
+        print(f"{topic:14}{n:7}{share([t['text'] == t['reference'] for t in turns if t['topic'] == topic]):9.1f}")
+    if codec:
+        texts = [t["text"] for t in turns]
+        spoken, original = [t["wav"] for t in turns], speak_all([t if t.strip() else "no" for t in texts])
+        replies = [r for row in load_corpus(cfg.corpus, "train")["replies"] for r in row]
+        for name, bigram in (("bigram", True), ("word_loop", False)):
+            arpa = language_model(replies, bigram)
+            heard, heard_original = hear_all(spoken, arpa), hear_all(original, arpa)
+            result[f"wer_{name}"] = 100 * word_error_rate(texts, heard)
+            result[f"wer_{name}_original"] = 100 * word_error_rate(texts, heard_original)
+            result[f"wer_{name}_excess"] = result[f"wer_{name}"] - result[f"wer_{name}_original"]
+            result[f"s2s_{name}"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard)])
+            result[f"s2s_{name}_original"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard_original)])
+            for t, h in zip(turns, heard):
+                t[f"heard_{name}"] = h
+        result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / codec.sample_rate)
+        result["first_audio_ms"] = 1000 * float(np.median([t["first_audio"] for t in turns if t["first_audio"]]))
+        result["cut"] = sum(bool(t["notes"]) for t in turns)
+    print(f"\n{'figure on ' + cfg.split:40}{'value':>9}")
+    for key, value in result.items():
+        print(f"{key:40}{value:9.1f}" if isinstance(value, float) else f"{key:40}{value:9}")
+    with open(f"{cfg.out}/eval.json.tmp", "w") as f:
+        json.dump({"ckpt": cfg.ckpt, **result, "replies": [{k: v for k, v in t.items() if k != "wav"} for t in turns]}, f, indent=1)
+    os.replace(f"{cfg.out}/eval.json.tmp", f"{cfg.out}/eval.json")
+    if cfg.runs and codec:
+        shown = next((t for t in turns if "reply_file" in t and len(t["wav"]) and t["text"] == t["reference"]), turns[0])
+        picture(f"{cfg.out}/demo.png", cfg.runs, shown, soundfile.read(shown["question_file"])[0], shown["wav"], codec.sample_rate)
+        print(f"{cfg.out}/demo.png: the losses of {', '.join(cfg.runs)}, and a question with its reply")
+    for t in turns:
+        if "reply_file" in t and codec:
+            print(f"{t['reply_file']}\n    asked {t['question']!r}, said {t['text']!r}, heard {t['heard_bigram']!r}")
+
+
+if __name__ == "__main__":
+    main()

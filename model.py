@@ -1,0 +1,512 @@
+"""
+The network of LLaMA-Omni 2 (arXiv 2505.02625), for training and for streaming.
+
+Why one file: a spoken chatbot is five parts in a row, and the row is the idea. With rates and, in brackets, the
+sizes of the 0.5B release:
+
+    wav 16 kHz
+     -> log-mel 100 Hz (128)           openai-whisper's front end
+     -> SpeechEncoder 50 Hz (1280)     Whisper's encoder, frozen
+     -> SpeechAdapter 10 Hz (896)      5 frames in 1
+     -> LLM (896)                      Qwen2, reads the frames in the place of `<speech>`: text tokens y_i, states h_i
+     -> GateFusion (896)               mixes h_i with the speech LM's own embedding of y_i
+     -> SpeechLM 25 Hz (6561 units)    Qwen2, reads R = 3 fused rows, writes W = 10 units, reads 3, writes 10, ...
+     -> wav                            codec.py
+
+How it is trained: `Omni.forward(batch, stage)` returns the summed loss of a stage and the number of its targets.
+How it talks: `Omni.generate()` yields text and units as they are made. Both lay out the speech LM's sequence with
+`read_write()`. The attribute names are those of the released checkpoints, so the state dict is theirs, key for key.
+"""
+import json
+import os
+import shutil
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import whisper
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from whisper.model import AudioEncoder, LayerNorm
+
+SAMPLE_RATE = 16000           # Hz, of the speech that goes in
+UNIT_VOCAB = 6561             # speech units: 3 ** 8 codes
+DOWNSAMPLE = 5                # encoder frames in one LLM position: 50 Hz -> 10 Hz
+MIN_SECONDS, MAX_SECONDS = 0.1, 30.0   # a clip gives at least one LLM position and at most Whisper's 1500 frames
+SPEECH = -200                 # input id at a position that holds speech instead of a token
+IGNORE = -100                 # label of a position without loss
+STAGES = {                    # what each stage trains, by prefix of the parameter's name
+    "stage1": ("model.embed_tokens", "model.layers", "model.norm", "lm_head", "model.speech_projector"),
+    "stage1_tts": ("speech_generator.model",),
+    "stage2": ("speech_generator",),
+}
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+def read_write(rows, R, W):
+    """The read-R / write-W order of equation 5, for training and for streaming alike.
+
+    rows     iterable of (row, is_last): the fused rows of a reply, as they become known
+    Yields   ("read", row)    the speech LM reads this row
+             ("write", W)     it writes W units; after every R rows, but for the block that ends the text
+             ("sep", None)    it reads `<sep>`: the text is complete
+             ("write", None)  it writes all the units that are left, then EOS
+    """
+    for i, (row, last) in enumerate(rows, 1):
+        yield "read", row
+        if last:
+            yield "sep", None
+            yield "write", None
+        elif i % R == 0:
+            yield "write", W
+
+
+def speech_sequence(tokens, units, sep, unit_offset, eos, R, W):
+    """Lay out one reply for teacher forcing.
+
+    tokens   list of N text ids of the reply, `<|im_end|>` included;  units: list of U integers in 0 .. 6560
+    Returns  three lists of length N + 1 + U: input ids in the speech LM's vocabulary; for each position the text row
+             i that it reads, or -1; labels, IGNORE where the next position is not a unit (or EOS) to be written.
+    If the units run out before the text, the remaining bursts are empty.
+    """
+    ids, rows, labels, written = [], [], [], 0
+    for what, x in read_write(((i, i == len(tokens) - 1) for i in range(len(tokens))), R, W):
+        if what == "write":
+            burst = [unit_offset + u for u in units[written:None if x is None else written + x]]
+            targets = burst + [eos] if x is None else burst
+            written += len(burst)
+            if targets:
+                labels[-1] = targets[0]               # the last row read predicts the burst's first unit
+                labels += targets[1:] + [IGNORE] * (len(burst) - len(targets) + 1)
+            ids, rows = ids + burst, rows + [-1] * len(burst)
+        else:
+            ids.append(tokens[x] if what == "read" else sep)
+            rows.append(x if what == "read" else -1)
+            labels.append(IGNORE)
+    return ids, rows, labels
+
+
+# ------------------------------------------------------------------------------------------------- the parts
+
+def log_mel(wav, n_mels, pad=False):
+    """wav (samples,) 16 kHz -> (n_mels, frames) at 100 Hz. `pad`: to 30 s first, as the official front end does.
+
+    Raises ValueError for a clip that is shorter than 0.1 s or longer than 30 s.
+    """
+    seconds = len(wav) / SAMPLE_RATE
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+        raise ValueError(f"a clip of {seconds:.2f} s; it must last from {MIN_SECONDS} to {MAX_SECONDS:.0f} s")
+    return whisper.log_mel_spectrogram(whisper.pad_or_trim(wav) if pad else wav, n_mels)
+
+
+def speech_positions(frames):
+    """How many LLM positions a clip of log-mel frames (int or tensor) takes: 100 Hz -> 50 Hz -> 10 Hz."""
+    return (frames + 1) // 2 // DOWNSAMPLE
+
+
+class SpeechEncoder(AudioEncoder):
+    """Whisper's encoder, run at each clip's own length. Clips of a batch do not see each other's padding."""
+
+    def __init__(self, n_mels, n_ctx, n_state, n_head, n_layer):
+        super().__init__(n_mels, n_ctx, n_state, n_head, n_layer)
+        self.n_mels = n_mels
+        for module in self.modules():                 # whisper's own computes in fp32 and then fails on bf16 weights
+            if isinstance(module, LayerNorm):
+                module.__class__ = nn.LayerNorm
+
+    @classmethod
+    def from_whisper(cls, path):
+        """From an openai-whisper file or the name of one of its models ("large-v3", downloaded once)."""
+        model = whisper.load_model(path, device="cpu")
+        d = model.dims
+        encoder = cls(d.n_mels, d.n_audio_ctx, d.n_audio_state, d.n_audio_head, d.n_audio_layer)
+        encoder.load_state_dict(model.encoder.state_dict())
+        return encoder
+
+    def forward(self, mel, frames):
+        """mel (B, n_mels, T), zero beyond each clip's frames (B,) -> (B, ceil(T / 2), n_state) at 50 Hz."""
+        clip = torch.arange(mel.shape[-1], device=mel.device) < frames[:, None]             # (B, T)
+        x = F.gelu(self.conv1(mel.to(self.conv1.weight.dtype))) * clip[:, None]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)                                           # 100 Hz -> 50 Hz
+        x = x + self.positional_embedding[: x.shape[1]].to(x.dtype)
+        mask = None if clip.all() else clip[:, None, None, ::2]                             # keys, (B, 1, 1, T / 2)
+        for block in self.blocks:
+            attn = block.attn
+            heads = lambda y: y.unflatten(-1, (attn.n_head, -1)).transpose(1, 2)            # (B, H, T / 2, 64)
+            y = block.attn_ln(x)
+            y = F.scaled_dot_product_attention(heads(attn.query(y)), heads(attn.key(y)), heads(attn.value(y)), mask)
+            x = x + attn.out(y.transpose(1, 2).flatten(2))
+            x = x + block.mlp(block.mlp_ln(x))
+        return self.ln_post(x)
+
+
+class SpeechAdapter(nn.Module):
+    """Section 2.1: five frames side by side, then two linear layers."""
+
+    def __init__(self, encoder_size, hidden_size):
+        super().__init__()
+        self.linear1 = nn.Linear(DOWNSAMPLE * encoder_size, 2048)
+        self.linear2 = nn.Linear(2048, hidden_size)
+
+    def forward(self, x):
+        """(B, T, D) at 50 Hz -> (B, T // 5, H) at 10 Hz; frames that do not fill a group are dropped."""
+        B, T, D = x.shape
+        x = x[:, : T // DOWNSAMPLE * DOWNSAMPLE].reshape(B, T // DOWNSAMPLE, DOWNSAMPLE * D)
+        return self.linear2(F.relu(self.linear1(x)))
+
+
+class SpeechGenerator(nn.Module):
+    """Gate fusion (equations 1 to 4) and the speech LM, a Qwen2 whose vocabulary is text, `<sep>`, units.
+
+    h, the state of the LLM that predicted a token, and e, the speech LM's embedding of that token, become one row:
+        z = W2 relu(W1 h + b1) + b2;   g = sigmoid(Wg [z ; e] + bg);   row = g * z + (1 - g) * e
+    """
+
+    def __init__(self, config, hidden_size):
+        super().__init__()
+        self.model = Qwen2ForCausalLM(config)
+        D = config.hidden_size
+        self.input_proj = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), nn.Linear(2 * hidden_size, D))
+        self.gate = nn.Sequential(nn.Linear(2 * D, D), nn.Sigmoid())
+        self.eos = config.eos_token_id
+        self.unit_offset = config.vocab_size - UNIT_VOCAB      # the id of unit 0
+        self.sep = self.unit_offset - 1
+
+    def embed(self, ids):
+        return self.model.model.embed_tokens(ids)
+
+    def fuse(self, hidden, ids):
+        """LLM states (..., H) and the ids (...) that they predicted -> fused rows (..., D)."""
+        e = self.embed(ids)
+        z = self.input_proj(hidden)
+        g = self.gate(torch.cat([z, e], dim=-1))
+        return g * z + (1 - g) * e
+
+
+def summed_loss(hidden, head, labels):
+    """Cross-entropy, summed. Logits are made only where there is a target: most positions are prompt or speech, and
+    the vocabulary is large. hidden (..., H), labels (...) aligned with it -> (loss, number of targets, number right)."""
+    at = labels != IGNORE
+    logits = head(hidden[at]).float()                                                       # (targets, vocabulary)
+    right = (logits.argmax(-1) == labels[at]).sum()
+    return F.cross_entropy(logits, labels[at], reduction="sum"), at.sum(), right
+
+
+# ------------------------------------------------------------------------------------------------- the whole
+
+class Omni(nn.Module):
+    """The five parts. `config` is a dict: the fields of the release's config.json (reference/architecture.md)."""
+
+    def __init__(self, config, encoder):
+        super().__init__()
+        self.config = config
+        H = config["hidden_size"]
+        self.model = Qwen2Model(qwen2_config(config))
+        self.lm_head = nn.Linear(H, config["vocab_size"], bias=False)
+        self.model.speech_encoder = encoder                    # where the release keeps them
+        self.model.speech_projector = SpeechAdapter(config["speech_encoder_hidden_size"], H)
+        self.speech_generator = SpeechGenerator(qwen2_config(config["speech_generator"]), H)
+        self.tie()
+        words = config["stream_params"].strip("() ").split(",")
+        if len(words) != 2 or not all(w.strip().isdigit() and int(w) > 0 for w in words):
+            raise ValueError(f'stream_params is {config["stream_params"]!r}; it must be two whole numbers, "(3,10)"')
+        self.R, self.W = map(int, words)
+
+    def tie(self):
+        if self.config["tie_word_embeddings"]:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def freeze_for(self, stage):
+        """Only what `stage` trains (STAGES) gets gradients."""
+        for name, p in self.named_parameters():
+            p.requires_grad = name.startswith(STAGES[stage])
+
+    # ---- training
+
+    def embed_speech(self, mel, frames):
+        """mel (C, n_mels, T), frames (C,) -> the clips' LLM positions one after the other, (sum of positions, H)."""
+        with torch.no_grad():                                  # frozen in every stage
+            x = self.model.speech_encoder(mel, frames)
+        x = self.model.speech_projector(x)                     # (C, T / 10, H)
+        keep = torch.arange(x.shape[1], device=x.device) < speech_positions(frames)[:, None]
+        return x[keep]
+
+    def embed_prompt(self, ids, mel, frames):
+        """ids (B, L), SPEECH at every position that a clip fills, clips in reading order -> (B, L, H)."""
+        speech = ids == SPEECH
+        x = self.model.embed_tokens(ids.masked_fill(speech, 0))
+        return x if mel is None else x.masked_scatter(speech[..., None], self.embed_speech(mel, frames).to(x.dtype))
+
+    def forward(self, batch, stage):
+        """batch: what data.collate makes. Returns (sum of the loss over the targets, their number, how many were
+        guessed right), of which the first carries the gradient."""
+        if stage != "stage1_tts":
+            with torch.set_grad_enabled(stage == "stage1" and torch.is_grad_enabled()):
+                x = self.embed_prompt(batch["ids"], batch["mel"], batch["frames"])
+                # right-padded and causal: no position sees padding, so no mask is needed
+                hidden = self.model(inputs_embeds=x, use_cache=False).last_hidden_state       # (B, L, H)
+        if stage == "stage1":
+            return summed_loss(hidden[:, :-1], self.lm_head, batch["labels"][:, 1:])
+        generator, ids, rows = self.speech_generator, batch["speech_ids"], batch["speech_rows"]   # (T, M): a turn a row
+        x = generator.embed(ids)
+        if stage == "stage2":
+            at = rows >= 0
+            fused = generator.fuse(hidden.flatten(0, 1)[rows[at]], ids[at])
+            x = x.masked_scatter(at[..., None], fused.to(x.dtype))
+        hidden = generator.model.model(inputs_embeds=x, use_cache=False).last_hidden_state    # (T, M, D)
+        return summed_loss(hidden, generator.model.lm_head, batch["speech_labels"])
+
+    # ---- streaming
+
+    def write_text(self, x, limit, temperature, top_p, eos):
+        """Prompt x (1, L, H) -> yields (id, state (H,) that predicted it, is_last), one token at a time."""
+        cache = DynamicCache()
+        for i in range(limit):
+            state = self.model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            token = sample(self.lm_head(state)[0].float(), temperature, top_p)
+            last = token == eos or i == limit - 1
+            yield token, state[0], last
+            if last:
+                return
+            x = self.model.embed_tokens(torch.tensor([[token]], device=x.device))
+
+    @torch.inference_mode()
+    def generate(self, ids, clips=(), eos=None, speak=True, max_tokens=128, max_units=1024, text_temperature=0.0,
+                 text_top_p=1.0, temperature=1.0, top_p=1.0, top_k=0, window=10, repeats=0.0, constrain=True, trace=None):
+        """Answer, streaming.
+
+        ids          list of prompt ids, with one SPEECH for each of `clips`, log-mels (n_mels, frames)
+        max_tokens, max_units   limits on the reply's text and units, so that every reply ends
+        temperature  0 is greedy; top_p, top_k (0: off) narrow the choice of units
+        repeats      repetition-aware sampling (VALL-E 2): a unit that makes up more than this share of the last
+                     `window` units is drawn again from the whole distribution; 0 turns it off
+        constrain    mask what cannot follow: in a burst everything but units, at the end all but units and EOS
+        trace        a list that receives the speech LM's inputs and logits, for tests
+        Yields ("text", id), ("units", [unit, ...]) and, if a limit was hit, ("note", why).
+        """
+        device, generator = self.lm_head.weight.device, self.speech_generator
+        eos = self.config["eos_token_id"] if eos is None else eos
+        frames = [clip.shape[-1] for clip in clips]
+        ids = expand_speech(ids, frames)
+        mel = pad_sequence([c.T for c in clips], batch_first=True).transpose(1, 2).to(device) if frames else None
+        x = self.embed_prompt(torch.tensor([ids], device=device), mel, torch.tensor(frames, device=device))
+        cache, pending, units = DynamicCache(), [], []
+        allowed = torch.zeros(generator.model.config.vocab_size, dtype=torch.bool, device=device)
+        allowed[generator.unit_offset:] = True
+
+        def rows():
+            for token, state, last in self.write_text(x, max_tokens, text_temperature, text_top_p, eos):
+                yield (token, state), last
+
+        for what, item in read_write(rows(), self.R, self.W):
+            if what == "read":
+                token, state = item
+                if token != eos:
+                    yield "text", token
+                if speak:
+                    pending.append(generator.fuse(state, torch.tensor(token, device=device)))
+            elif not speak:
+                continue
+            elif what == "sep":
+                pending.append(generator.embed(torch.tensor(generator.sep, device=device)))
+                if token != eos:
+                    yield "note", f"the text was cut at {max_tokens} tokens"
+                allowed[generator.eos] = True
+            else:                                              # write up to `item` units, or up to EOS
+                burst, ended = [], False
+                room = max_units - len(units)
+                while not ended and len(burst) < (room if item is None else min(item, room)):
+                    inputs = torch.stack(pending)
+                    state = generator.model.model(inputs_embeds=inputs[None], past_key_values=cache,
+                                                  use_cache=True).last_hidden_state[0, -1]
+                    logits = generator.model.lm_head(state).float()
+                    if trace is not None:
+                        trace.append((inputs, logits))
+                    if constrain:
+                        logits = logits.masked_fill(~allowed, -torch.inf)
+                    recent = [u + generator.unit_offset for u in units[-window:]] if repeats else []
+                    token = sample(logits, temperature, top_p, top_k, recent, repeats * window)
+                    pending = [generator.embed(torch.tensor(token, device=device))]
+                    ended = token == generator.eos
+                    if not ended:
+                        burst.append(token - generator.unit_offset)
+                        units.append(burst[-1])
+                if burst:
+                    yield "units", burst
+                if item is None and not ended:
+                    yield "note", f"the speech was cut at {max_units} units"
+
+    # ---- checkpoints
+
+    @classmethod
+    def from_backbones(cls, llm, whisper, speech_lm, R=3, W=10):
+        """Before training: a Qwen2, a Whisper, and a second Qwen2 that becomes the speech LM (folders, files or hub
+        names). Returns (model, tokenizer, tts_tokenizer)."""
+        tokenizer, tts_tokenizer = AutoTokenizer.from_pretrained(llm), AutoTokenizer.from_pretrained(speech_lm)
+        tokenizer.add_tokens(["<speech>"], special_tokens=True)
+        tts_tokenizer.add_tokens(["<sep>"], special_tokens=True)          # must take the id that `<speech>` has above
+        tts_tokenizer.add_tokens([f"<{u}>" for u in range(UNIT_VOCAB)])
+        tts_tokenizer.eos_token = tts_tokenizer.pad_token = "<|endoftext|>"
+        if tokenizer.convert_tokens_to_ids("<speech>") != tts_tokenizer.convert_tokens_to_ids("<sep>"):
+            raise ValueError(f"{llm} and {speech_lm} have different tokenizers; the speech LM must know the LLM's ids")
+        encoder = SpeechEncoder.from_whisper(whisper)
+        mouth = Qwen2ForCausalLM.from_pretrained(speech_lm, dtype=torch.float32)
+        mouth.resize_token_embeddings(len(tts_tokenizer), mean_resizing=False)
+        mouth.config.eos_token_id = mouth.config.bos_token_id = tts_tokenizer.eos_token_id
+        brain = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32)
+        if brain.config.vocab_size < len(tokenizer):
+            brain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        config = released_fields(brain.config) | {
+            "architectures": ["Omni2Speech2SQwen2ForCausalLM"], "model_type": "omni2_speech2s_qwen2",
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "bos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "pad_token_id": tokenizer.pad_token_id,
+            "speech_encoder": os.path.basename(whisper), "speech_encoder_type": "whisper",
+            "speech_encoder_ds_rate": DOWNSAMPLE, "speech_encoder_hidden_size": encoder.ln_post.weight.shape[0],
+            "speech_generator": {k: v for k, v in released_fields(mouth.config).items() if k in SPEECH_FIELDS},
+            "speech_projector_type": "linear", "stream_params": f"({R},{W})", "torch_dtype": "float32",
+            "tts_tokenizer": "tts_tokenizer", "unit_vocab_size": UNIT_VOCAB}
+        omni = cls(config, encoder)
+        omni.model.load_state_dict(omni.model.state_dict() | brain.model.state_dict())
+        omni.lm_head.load_state_dict(brain.lm_head.state_dict())
+        omni.speech_generator.model.load_state_dict(mouth.state_dict())
+        return omni, tokenizer, tts_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder, whisper=None):
+        """Load a checkpoint in the released layout: a local folder or the id of a repository on the hub.
+
+        whisper  file or name of the Whisper, wanted only where the checkpoint does not hold the encoder's weights or
+                 its heads are not 64 wide
+        Returns (model, tokenizer, tts_tokenizer). Raises FileNotFoundError, or ValueError that names the tensor.
+        """
+        folder = newest_checkpoint(folder) or folder
+        if not os.path.isdir(folder):
+            if folder.count("/") != 1 or folder.startswith((".", "/")):
+                raise FileNotFoundError(f"there is no checkpoint folder {folder}")
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(folder)
+        for name in ("config.json", "tokenizer_config.json", "tts_tokenizer"):
+            if not os.path.exists(os.path.join(folder, name)):
+                raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
+        with open(os.path.join(folder, "config.json")) as f:
+            config = json.load(f)
+        weights = {}
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".safetensors"):
+                try:
+                    with safe_open(os.path.join(folder, name), "pt") as file:
+                        weights |= {key: file.get_tensor(key) for key in file.keys()}
+                except Exception as e:                         # safetensors raises its own, undocumented class
+                    raise ValueError(f"{folder}/{name} cannot be read ({e}); copy or train it again")
+        prefix = "model.speech_encoder."
+        own = {k[len(prefix):]: w for k, w in weights.items() if k.startswith(prefix)}
+        if whisper or not own:
+            encoder = SpeechEncoder.from_whisper(whisper or config["speech_encoder"])
+        else:
+            size, n_mels, _ = own["conv1.weight"].shape
+            layers = 1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks."))
+            encoder = SpeechEncoder(n_mels, len(own["positional_embedding"]), size, size // 64, layers)
+        omni = cls(config, encoder)
+        expected = omni.state_dict()
+        if not own:
+            weights |= {prefix + k: w for k, w in encoder.state_dict().items()}
+        for head, tied in (("lm_head", config["tie_word_embeddings"]), ("speech_generator.model.lm_head", True)):
+            if tied:                                           # a tied head is one tensor, whether the file repeats it
+                weights[f"{head}.weight"] = weights[f"{head.replace('lm_head', 'model.')}embed_tokens.weight"]
+        missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        wrong = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+        for what, names in (("lacks", missing), ("has an unknown", extra), ("has another shape of", wrong)):
+            if names:
+                raise ValueError(f"{folder} {what} tensor {names[0]} ({len(names)} such); it is of another model or damaged")
+        omni.load_state_dict(weights)
+        return omni, *load_tokenizers(folder)
+
+    def save_pretrained(self, folder, tokenizer, tts_tokenizer):
+        """Write the released layout: config.json, model.safetensors, the tokenizer, tts_tokenizer/. The folder
+        appears whole or not at all; one that is there already is replaced."""
+        tmp = folder.rstrip("/") + ".tmp"
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+        with open(os.path.join(tmp, "config.json"), "w") as f:
+            json.dump(self.config, f, indent=2, sort_keys=True)
+        tied = {"speech_generator.model.lm_head.weight"} | ({"lm_head.weight"} if self.config["tie_word_embeddings"] else set())
+        save_file({k: v.contiguous() for k, v in self.state_dict().items() if k not in tied},
+                  os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
+        tokenizer.save_pretrained(tmp)
+        tts_tokenizer.save_pretrained(os.path.join(tmp, "tts_tokenizer"))
+        replace_folder(tmp, folder)
+
+
+def newest_checkpoint(folder):
+    """The checkpoint with the most steps in a run's folder, or None. (A folder that train.py did not finish has
+    another name.)"""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted(n for n in names if n.startswith("step-") and n[5:].isdigit())
+    return os.path.join(folder, steps[-1]) if steps else None
+
+
+def replace_folder(tmp, folder):
+    """Rename folder `tmp` to `folder`; what stood there goes only after the new one is in place."""
+    old = folder.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.replace(folder, old)
+    os.replace(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_tokenizers(folder):
+    return AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(os.path.join(folder, "tts_tokenizer"))
+
+
+SPEECH_FIELDS = ("bos_token_id", "eos_token_id", "hidden_size", "intermediate_size", "max_position_embeddings",
+                 "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_theta",
+                 "tie_word_embeddings", "vocab_size")
+
+
+def released_fields(config):
+    """A transformers 5 Qwen2Config -> the fields that the releases write (transformers 4: a flat rope_theta)."""
+    names = ("attention_dropout", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+             "max_position_embeddings", "max_window_layers", "num_attention_heads", "num_hidden_layers",
+             "num_key_value_heads", "rms_norm_eps", "sliding_window", "tie_word_embeddings", "use_cache",
+             "use_sliding_window", "vocab_size", "bos_token_id", "eos_token_id")
+    return {n: getattr(config, n) for n in names} | {
+        "rope_theta": config.rope_parameters["rope_theta"], "transformers_version": "4.43.4"}
+
+
+def qwen2_config(fields):
+    """The other way round: a dict of released fields -> Qwen2Config."""
+    keys = Qwen2Config().to_dict().keys() - {"transformers_version", "model_type", "architectures"}
+    rope = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+    # on CPU the backward of fused attention is slower than plain products (148 against 115 ms a step, project.md)
+    return Qwen2Config(**{k: v for k, v in fields.items() if k in keys}, rope_parameters=rope,
+                       attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+
+
+# -------------------------------------------------------------------------------------------------- sampling
+
+def expand_speech(ids, frames):
+    """Prompt ids with one SPEECH per clip -> ids with as many SPEECH as the clip has LLM positions."""
+    if ids.count(SPEECH) != len(frames):
+        raise ValueError(f"the prompt has {ids.count(SPEECH)} places for speech and there are {len(frames)} clips")
+    counts = iter(frames)
+    return [i for token in ids for i in ([SPEECH] * speech_positions(next(counts)) if token == SPEECH else [token])]
+
+
+def sample(logits, temperature=1.0, top_p=1.0, top_k=0, recent=(), limit=0.0):
+    """Draw one id from logits (V,). temperature 0: the best one. If the id drawn occurs more than `limit` times in
+    `recent`, draw again from the whole distribution (repetition-aware sampling, VALL-E 2)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    whole = torch.softmax(logits / temperature, -1)
+    p, order = whole.sort(descending=True)
+    keep = p.cumsum(-1) - p < top_p                   # the smallest set whose mass reaches top_p
+    if top_k:
+        keep[top_k:] = False
+    token = int(order[torch.multinomial(p * keep, 1)])
+    if recent and list(recent).count(token) > limit:
+        token = int(torch.multinomial(whole, 1))
+    return token

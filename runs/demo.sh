@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# From a blank machine to a chatbot that talks back, everything trained on the way: `bash runs/demo.sh`.
+#
+# It needs Linux, Python 3.11, two CPU cores, 4 GB of memory and 6 GB of disk; no GPU, no root and no model hub. Each
+# step says why it is there and how long it took. A step that is done is not done again, so a run that was stopped
+# continues where it was: run the same command again.
+set -euo pipefail
+started=$SECONDS
+machine="$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
+times=()
+step() {                               # step "name" "why" command...
+    local name=$1 why=$2 start=$SECONDS
+    shift 2
+    printf '\n=== %s\n    %s\n    $ %s\n' "$name" "$why" "$*"
+    "$@"
+    times+=("$(printf '%-34s %5d s' "$name" $((SECONDS - start)))")
+    printf '=== %s: %d s on %s\n' "$name" $((SECONDS - start)) "$machine"
+}
+setup() { source runs/setup.sh; }
+train() { accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py "$1" --resume; }
+
+cd "$(dirname "$0")/.."
+step "environment" "A virtual environment with the packages of requirements.txt." setup
+step "backbones" "A language model, a speech codec and a recogniser to start from. At real size these are downloads." \
+    python tiny/backbones.py
+step "corpus" "Dialogues, their speech in many voices, and the replies' speech as units: what the three stages learn from." \
+    python data.py
+step "stage 1: speech -> text" "The LLM learns to answer what the frozen Whisper hears, through a small adapter." \
+    train config/tiny_stage1.py
+step "stage 1 TTS: text -> speech" "The speech LM learns to write speech units from text alone." \
+    train config/tiny_stage1_tts.py
+step "stage 2: speech -> speech" "The speech LM learns to speak while the LLM thinks: its states are mixed in through a gate." \
+    train config/tiny_stage2.py
+step "evaluation" "Held-out questions in held-out voices, judged by an independent recogniser." \
+    python eval.py --ckpt out/tiny_stage2 --runs out/tiny_stage1,out/tiny_stage1_tts,out/tiny_stage2
+step "a conversation" "One held-out dialogue, streaming, as you would use it." \
+    python sample.py --ckpt out/tiny_stage2 --index 1 --out out/reply.wav
+
+printf '\n%s\n' "Time on $machine"
+printf '  %s\n' "${times[@]}" "$(printf '%-34s %5d s' "together" $((SECONDS - started)))"
+printf '\n%s\n' "The figures: out/tiny_eval/eval.json    the picture: out/tiny_eval/demo.png    replies: out/tiny_eval/*.wav" \
+    "Ask your own question:  source .venv/bin/activate && python sample.py --wav question.wav"

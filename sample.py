@@ -1,0 +1,141 @@
+"""
+Ask a spoken question, hear the spoken answer.
+
+Why: this is what the training was for, and the quickest way to notice that something is wrong with it.
+
+How: python sample.py --ckpt out/tiny_stage2                       answers a held-out question of the corpus
+     python sample.py --ckpt ... --wav q1.wav,q2.wav               answers your own; several files are several turns
+     python sample.py --ckpt ... --text                            the text of the answer alone
+The text is printed as it comes. Units leave the speech LM in bursts, the codec turns each burst into sound while the
+next one is written, and the whole reply is kept in --out.
+"""
+import os
+import time
+from dataclasses import dataclass
+
+import accelerate
+import numpy as np
+import soundfile
+import torch
+
+from codec import NanoCodec
+from configure import configure, fail
+from data import chat_ids, load_corpus, read_audio, read_wav
+from model import Omni, log_mel
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    ckpt: str = "out/tiny_stage2"      # a run's folder, a checkpoint, or the name of one on the hub
+    wav: tuple[str, ...] = ()          # spoken questions, one turn each; none: a dialogue of the corpus
+    corpus: str = "corpus/tiny"        # where a question comes from when there is no --wav
+    index: int = 0                     # which dialogue of the test split
+    out: str = "reply.wav"             # the spoken reply; with several turns reply-1.wav, reply-2.wav, ...
+    text: bool = False                 # text alone, no speech
+    play: bool = False                 # play it as it is made (needs the package sounddevice)
+    codec: str = "tiny/codec.pt"       # units -> waveform
+    pad_audio: bool = False            # pad every question to 30 s, as the official front end does
+    max_tokens: int = 128              # longest text
+    max_units: int = 1024              # longest speech, in units of 40 ms
+    temperature: float = 0.3           # of the units; 0 takes the likeliest. The paper samples at 1.0
+    top_p: float = 1.0                 # draw units from the likeliest that together have this probability
+    repeats: float = 0.0               # repetition-aware sampling: redraw a unit that fills this share of the last 10; 0: off
+    seed: int = 1337                   # of the sampling
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.repeats <= 1:
+            raise ValueError("temperature must be 0 or more, top_p above 0 and at most 1, repeats from 0 to 1")
+        if self.max_tokens < 1 or self.max_units < 1:
+            raise ValueError("max_tokens and max_units must be at least 1")
+
+
+def answer(omni, tokenizer, codec, mels, replies, cfg, on_text=lambda piece: None, on_audio=lambda piece: None):
+    """One turn, streaming.
+
+    mels     log-mels of all the user's turns so far;  replies: the texts of the assistant's turns so far
+    Returns  (text, wav (samples,), notes, seconds until the first text, the first audio and the end)
+    """
+    start, first = time.time(), {}
+    tokens, notes, shown = [], [], ""
+    stream = omni.generate(chat_ids(tokenizer, replies), mels, speak=codec is not None, max_tokens=cfg.max_tokens,
+                           max_units=cfg.max_units, temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
+
+    def bursts():
+        nonlocal shown
+        for what, x in stream:
+            if what == "text":
+                first.setdefault("text", time.time() - start)
+                tokens.append(x)
+                whole = tokenizer.decode(tokens)
+                on_text(whole[len(shown):])
+                shown = whole
+            elif what == "units":
+                yield x
+            else:
+                notes.append(x)
+    pieces = []
+    for piece in codec.stream(bursts()) if codec else bursts():
+        first.setdefault("audio", time.time() - start)
+        pieces.append(piece.cpu().numpy())
+        on_audio(pieces[-1])
+    wav = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    return shown, wav, notes, (first.get("text"), first.get("audio"), time.time() - start)
+
+
+def player(rate):
+    try:
+        import sounddevice
+        device = sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32")
+        device.start()
+    except (ImportError, OSError) as e:               # OSError: no PortAudio;  its own errors come from start
+        fail(f"--play: no sound device can be opened ({e}); `pip install sounddevice`, or leave --play out and open the file")
+    except sounddevice.PortAudioError as e:
+        fail(f"--play: no sound device can be opened ({e}); leave --play out and open the file")
+    return device
+
+
+def main():
+    cfg = configure(SampleConfig)
+    torch.manual_seed(cfg.seed)
+    device = accelerate.PartialState().device
+    try:
+        if cfg.wav:
+            questions = [read_audio(path) for path in cfg.wav]
+            asked = [os.path.basename(path) for path in cfg.wav]
+        else:
+            rows = load_corpus(cfg.corpus, "test")
+            if not 0 <= cfg.index < len(rows):
+                fail(f"--index {cfg.index}: the test split has dialogues 0 to {len(rows) - 1}")
+            row = rows[cfg.index]
+            questions = [torch.from_numpy(read_wav(a)) for a in row["speech"]]
+            asked = [f"{text}   (voice {row['voice']})" for text in row["users"]]
+        omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
+        codec = None if cfg.text else NanoCodec.load(cfg.codec).to(device)
+        mels = [log_mel(q, omni.model.speech_encoder.n_mels, cfg.pad_audio) for q in questions]
+    except (OSError, ValueError, RuntimeError) as e:
+        fail(e)
+    omni.eval().to(device)
+    out = player(codec.sample_rate) if cfg.play and codec else None
+    replies = []
+    for turn, question in enumerate(asked):
+        print(f"\nuser       {question}\nassistant  ", end="", flush=True)
+        text, wav, notes, (first_text, first_audio, total) = answer(
+            omni, tokenizer, codec, mels[:turn + 1], replies, cfg, lambda piece: print(piece, end="", flush=True),
+            lambda piece: out and out.write(piece[:, None]))
+        print()
+        replies.append(text)
+        for note in notes:
+            print(f"note: {note}")
+        times = f"first text {1000 * first_text:.0f} ms" if first_text else "no text"
+        if codec and len(wav):
+            stem, ending = os.path.splitext(cfg.out)
+            path = cfg.out if len(asked) == 1 else f"{stem}-{turn + 1}{ending}"
+            seconds = len(wav) / codec.sample_rate
+            soundfile.write(path, np.clip(wav, -1, 1), codec.sample_rate)
+            times += (f", first audio {1000 * first_audio:.0f} ms, {seconds:.2f} s of speech in {total:.2f} s: "
+                      f"real-time factor {total / seconds:.2f}\nsaved {path}")
+        print(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""
+The embedded world: what people say in it, and the synthesiser that says it.
+
+Why: a spoken chatbot needs dialogues, speech and three pretrained backbones, and none of them may be downloaded
+here. So this file makes a world that is small enough to be learned on two CPU cores and still needs every part of
+the system: ears (many voices and accents), knowledge (capitals, opposites, sums ...), memory ("what is my name?")
+and a mouth (one fixed assistant voice).
+
+How: `dialogue(rng, split)` draws a dialogue; `speak(text, voice)` says a sentence with espeak-ng, called through
+ctypes from the wheel `espeakng-loader`, so nothing has to be installed as root.
+
+What "held out" means. Every question sentence is hashed into train, validation or test, and a dialogue of a split
+holds only sentences of that split (greetings, and questions about an earlier turn such as "What is my name?", are
+shared; there the earlier statement is the held-out sentence). Every voice belongs to one split too. So a test
+dialogue asks what was never asked in training, in a voice that was never heard.
+"""
+import ctypes
+import functools
+import hashlib
+import random
+
+import librosa
+import numpy as np
+
+SAMPLE_RATE = 16000                                   # Hz, of everything that `speak` returns
+SPLITS = ("train", "validation", "test")
+
+# ------------------------------------------------------------------------------------------------ knowledge
+
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+           "seventeen eighteen").split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "England": "London",
+            "Japan": "Tokyo", "China": "Beijing", "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens",
+            "Portugal": "Lisbon", "Austria": "Vienna", "Norway": "Oslo", "Poland": "Warsaw", "Cuba": "Havana",
+            "Peru": "Lima", "Kenya": "Nairobi", "Ireland": "Dublin", "Canada": "Ottawa", "Turkey": "Ankara"}
+OPPOSITES = [("hot", "cold"), ("big", "small"), ("fast", "slow"), ("up", "down"), ("left", "right"), ("old", "young"),
+             ("day", "night"), ("happy", "sad"), ("open", "closed"), ("full", "empty"), ("light", "dark"),
+             ("hard", "soft"), ("rich", "poor"), ("wet", "dry"), ("loud", "quiet"), ("early", "late"),
+             ("long", "short"), ("strong", "weak"), ("clean", "dirty"), ("first", "last")]
+OPPOSITE = dict(OPPOSITES + [(b, a) for a, b in OPPOSITES])
+COLORS = {"banana": "yellow", "lemon": "yellow", "tomato": "red", "cherry": "red", "carrot": "orange",
+          "pumpkin": "orange", "frog": "green", "leaf": "green", "cucumber": "green", "snowman": "white",
+          "swan": "white", "raven": "black", "tire": "black", "plum": "purple", "flamingo": "pink",
+          "elephant": "gray", "dolphin": "gray", "bear": "brown", "potato": "brown", "blueberry": "blue"}
+KINDS = {"animal": "frog swan raven flamingo elephant dolphin bear mouse cat dog sheep horse whale rabbit".split(),
+         "fruit": "banana lemon cherry plum blueberry mango peach".split(),
+         "vegetable": "carrot potato cucumber pumpkin cabbage".split(),
+         "city": list(CAPITALS.values()), "country": list(CAPITALS), "month": MONTHS, "color": sorted(set(COLORS.values()))}
+SIZES = "mouse frog raven rabbit cat dog sheep bear horse elephant whale".split()       # from small to big
+NAMES = ("Anna Peter Maria Thomas Julia David Laura Simon Emma Martin Alice Robert Nina Oscar Clara Henry Susan George "
+         "Lisa Daniel").split()
+FOODS = "bread cheese pizza soup rice pasta chocolate salad honey butter".split()
+PETS = "cat dog rabbit horse mouse frog".split()
+WORDS = sorted({*OPPOSITE, *COLORS, *COLORS.values(), *FOODS, *SIZES, *NUMBERS[:13]})   # for "repeat after me"
+
+
+def a(noun):
+    """`noun` with its article: "an elephant", "a cat"."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def cap(text):
+    return text[0].upper() + text[1:]
+
+
+# Each topic draws (question, reply, answer): the answer is the part of the reply that makes it right.
+
+def arithmetic(rng, memory):
+    x, y = rng.randint(0, 9), rng.randint(0, 9)
+    if rng.random() < 0.5:
+        op, z = f"{NUMBERS[x]} plus {NUMBERS[y]}", x + y
+    else:
+        x, y = max(x, y), min(x, y)
+        op, z = f"{NUMBERS[x]} minus {NUMBERS[y]}", x - y
+    q = rng.choice(["What is {}?", "How much is {}?", "Tell me, what is {}?", "Can you work out {}?"])
+    return q.format(op), f"{cap(op)} is {NUMBERS[z]}.", NUMBERS[z]
+
+
+def capitals(rng, memory):
+    country = rng.choice(list(CAPITALS))
+    city = CAPITALS[country]
+    if rng.random() < 0.7:
+        q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}.", "Do you know the capital of {}?",
+                        "Which city is the capital of {}?"])
+        return q.format(country), f"The capital of {country} is {city}.", city
+    q = rng.choice(["{} is the capital of which country?", "In which country is {}?", "Where is the city of {}?"])
+    return q.format(city), f"{city} is in {country}.", country
+
+
+def opposites(rng, memory):
+    word = rng.choice(list(OPPOSITE))
+    q = rng.choice(["What is the opposite of {}?", "Tell me the opposite of {}.", "Which word is the opposite of {}?",
+                    "What do you call the opposite of {}?"])
+    return q.format(word), f"The opposite of {word} is {OPPOSITE[word]}.", OPPOSITE[word]
+
+
+def calendar(rng, memory):
+    names, kind = rng.choice([(DAYS, "day"), (MONTHS, "month")])
+    i, (side, step) = rng.randrange(len(names)), rng.choice([("after", 1), ("before", -1)])
+    q = rng.choice(["Which {0} comes {1} {2}?", "What {0} comes {1} {2}?", "Tell me the {0} {1} {2}.",
+                    "What is the {0} {1} {2}?"])
+    other = names[(i + step) % len(names)]
+    return q.format(kind, side, names[i]), f"{other} comes {side} {names[i]}.", other
+
+
+def colors(rng, memory):
+    thing = rng.choice(list(COLORS))
+    q = rng.choice(["What color is {}?", "Tell me the color of {}.", "Which color does {} have?",
+                    "Do you know the color of {}?"])
+    return q.format(a(thing)), f"{cap(a(thing))} is {COLORS[thing]}.", COLORS[thing]
+
+
+def kinds(rng, memory):
+    kind = rng.choice(["animal", "fruit", "vegetable", "city", "country", "month", "color"])
+    thing = rng.choice(KINDS[kind])
+    name = a(thing) if kind in ("animal", "fruit", "vegetable") else thing
+    q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is."])
+    return q.format(name), f"{cap(name)} is {a(kind)}.", kind
+
+
+def counting(rng, memory):
+    start, end = sorted(rng.sample(range(13), 2))
+    end = min(end, start + 5)
+    run = NUMBERS[start:end + 1]
+    q = rng.choice(["Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?"])
+    if rng.random() < 0.3:
+        run, q = run[::-1], rng.choice(["Count down from {} to {}.", "Please count down from {} to {}."])
+    return q.format(run[0], run[-1]), cap(", ".join(run)) + ".", " ".join(run)
+
+
+def comparing(rng, memory):
+    x, y = rng.sample(range(len(SIZES)), 2)
+    word = rng.choice(["bigger", "smaller"])
+    winner, loser = (x, y) if (x > y) == (word == "bigger") else (y, x)
+    q = rng.choice(["Which is {}, {} or {}?", "What is {}, {} or {}?", "Tell me which is {}, {} or {}."])
+    return (q.format(word, a(SIZES[x]), a(SIZES[y])), f"{cap(a(SIZES[winner]))} is {word} than {a(SIZES[loser])}.",
+            f"{SIZES[winner]} is {word}")
+
+
+def repeating(rng, memory):
+    words = " ".join(rng.sample(WORDS, rng.randint(2, 4)))
+    q = rng.choice(["Repeat after me: {}.", "Please say: {}.", "Say the words: {}."])
+    return q.format(words), f"You said: {words}.", words
+
+
+MEMORY = {                                            # what is told -> (ways to tell it, the reply, ways to ask, answer)
+    "name": (NAMES, ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}."],
+             "Nice to meet you, {}.", ["What is my name?", "Do you remember my name?", "Who am I?"], "Your name is {}."),
+    "color": (KINDS["color"], ["My favorite color is {}.", "I like the color {}.", "The color that I love is {}."],
+              "I like {} too.", ["What is my favorite color?", "Which color do I like?"], "Your favorite color is {}."),
+    "food": (FOODS, ["I love to eat {}.", "My favorite food is {}.", "I like {} for dinner."],
+             "I hope you get some {} today.", ["What is my favorite food?", "What do I like to eat?"], "You like to eat {}."),
+    "city": (list(CAPITALS.values()), ["I live in {}.", "My home is in {}.", "I come from {}."],
+             "{} is a lovely city.", ["Where do I live?", "Which city do I live in?"], "You live in {}."),
+    "pet": (PETS, ["I have a {}.", "My pet is a {}.", "At home I have a {}."],
+            "I hope your {} is well.", ["Which pet do I have?", "What animal do I have?"], "You have a {}."),
+}
+
+
+def telling(rng, memory):
+    what = rng.choice(list(MEMORY))
+    values, tell, reply, _, _ = MEMORY[what]
+    value = rng.choice(values)
+    memory[what] = value
+    return rng.choice(tell).format(value), cap(reply.format(value)), value
+
+
+def recalling(rng, memory):
+    what = rng.choice(list(memory))
+    return rng.choice(MEMORY[what][3]), MEMORY[what][4].format(memory[what]), memory[what]
+
+
+def manners(rng, memory):
+    return rng.choice([("Hello.", "Hello, how can I help you?", "help"), ("Good morning.", "Good morning to you.", "morning"),
+                       ("How are you?", "I am fine, thank you.", "fine"), ("Thank you.", "You are welcome.", "welcome"),
+                       ("Who are you?", "I am a small computer that can talk.", "computer"),
+                       ("Goodbye.", "Goodbye, see you soon.", "goodbye")])
+
+
+TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 10, comparing: 10,
+          repeating: 14, telling: 16, manners: 3}      # topic -> weight
+
+
+def split_of(sentence):
+    """The split that a question sentence belongs to: 80 % train, 5 % validation, 15 % test, by its hash."""
+    h = hashlib.sha256(sentence.encode()).digest()[0] / 256
+    return "train" if h < 0.80 else "validation" if h < 0.85 else "test"
+
+
+def dialogue(rng, split):
+    """Draw one dialogue of a split.
+
+    Its length is Poisson(2) clipped to 1..5, as in section 3 of the paper.
+
+    Returns a list of turns {"topic", "user", "assistant", "answer"}, all texts.
+    """
+    n, threshold, p = 0, np.exp(-2.0), rng.random()   # Knuth's Poisson sampler
+    while p > threshold:
+        n, p = n + 1, p * rng.random()
+    turns, memory = [], {}
+    while len(turns) < min(max(n, 1), 5):
+        if memory and rng.random() < 0.4:             # a question about an earlier turn
+            topic = recalling
+        else:
+            topic = rng.choices(list(TOPICS), TOPICS.values())[0]
+        before = dict(memory)
+        user, assistant, answer = topic(rng, memory)
+        while topic not in (recalling, manners) and split_of(user) != split:
+            memory = dict(before)                     # a sentence of another split: draw again
+            user, assistant, answer = topic(rng, memory)
+        turns.append({"topic": topic.__name__, "user": user, "assistant": assistant, "answer": answer})
+    return turns
+
+
+# ---------------------------------------------------------------------------------------------------- voices
+
+ACCENTS = ["en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "en-us-nyc"]
+UNSEEN_ACCENT = "en-gb-x-gbcwmd"                      # in no split: for testing the recogniser only
+VARIANTS = {
+    "train": "Alex Alicia Andy Annie Denis Diogo Henrique Hugo Jacky Lee Marco Mario Michael Mike Nguyen Reed aunty "
+             "belinda benjamin boris caleb david ed edward f1 f3 f5 grandma grandpa gustave ian iven iven3 john "
+             "kaukovalta klatt klatt3 klatt6 m1 m2 m3 m4 m5 m6 m8 marcelo max michel miguel norbert pablo pedro quincy "
+             "rob robert sandro shelby steph2 travis victor zac".split(),
+    "validation": "Andrea edward2 iven2 mike2".split(),
+    "test": "adam linda Gene steph paul f4 m7 antonio anika klatt4".split(),
+}
+ASSISTANT = "en-us+f2:160:50"                         # the one voice of every reply: accent+variant:words/min:pitch
+
+
+def draw_voice(rng, split, accents=ACCENTS):
+    """A random user voice "accent+variant:rate:pitch" of a split (130 to 190 words a minute, pitch 25 to 75 of 99)."""
+    return f"{rng.choice(accents)}+{rng.choice(VARIANTS[split])}:{rng.randint(130, 190)}:{rng.randint(25, 75)}"
+
+
+class _Event(ctypes.Structure):                       # espeak_EVENT of speak_lib.h
+    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
+                ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
+
+
+_SYNCHRONOUS, _PHONEME_EVENTS, _UTF8, _RATE, _PITCH, _PHONEME = 2, 1, 1, 1, 3, 7
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_chunks, _phonemes = [], []
+
+
+@_CALLBACK
+def _collect(samples, count, events):
+    if samples and count:
+        _chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+    i = 0
+    while events[i].type:
+        if events[i].type == _PHONEME:
+            _phonemes.append((events[i].sample, events[i].id.decode("utf-8", "replace")))
+        i += 1
+    return 0
+
+
+@functools.cache
+def _espeak():
+    import espeakng_loader
+    lib = ctypes.CDLL(espeakng_loader.get_library_path())
+    rate = lib.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), _PHONEME_EVENTS)
+    if rate <= 0:
+        raise RuntimeError("espeak-ng did not start: reinstall the package espeakng-loader")
+    lib.espeak_SetSynthCallback(_collect)
+    return lib, rate
+
+
+def speak(text, voice, phonemes=False):
+    """Say `text` with espeak-ng. Not thread-safe (espeak-ng has one global state): use processes.
+
+    voice    "accent+variant:rate:pitch", such as ASSISTANT
+    Returns  float32 (samples,), 16 kHz, within [-1, 1]; with phonemes=True also [(second, phoneme name), ...].
+    Raises   ValueError for an accent that espeak-ng does not know, or a text that makes no sound.
+    """
+    lib, rate = _espeak()
+    name, wpm, pitch = voice.split(":")
+    if lib.espeak_SetVoiceByName(name.encode()) != 0:
+        raise ValueError(f"espeak-ng has no voice {name!r}")
+    lib.espeak_SetParameter(_RATE, int(wpm), 0)       # set at every call: the state outlives a call
+    lib.espeak_SetParameter(_PITCH, int(pitch), 0)
+    _chunks.clear(), _phonemes.clear()
+    data = text.encode()
+    lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
+    if not _chunks:
+        raise ValueError(f"espeak-ng made no sound of {text!r}")
+    wav = np.concatenate(_chunks).astype(np.float32) / 32768
+    wav = librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE)
+    return (wav, [(s / rate, p) for s, p in _phonemes]) if phonemes else wav
