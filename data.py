@@ -5,9 +5,9 @@ Why: a spoken dialogue becomes three things that a network can learn from: the u
 and the reply's speech as units (25 integers a second). Each step below turns a datasets folder into the next one,
 on all cores, and is skipped if its folder is there: a killed run continues at the step it had reached.
 
-    dialogues   text, 1 to 5 turns                  tiny/world.py
-    speech      + each turn said, by user and assistant   espeak-ng
-    units       + the assistant's speech as units   codec.py
+    dialogues   text, 1 to 5 turns                                  tiny/world.py
+    units       + the replies, said by the assistant, as units      espeak-ng, codec.py
+    speech      + the user's turns, said in many voices             espeak-ng
 
 How: `python data.py` builds the embedded corpus in corpus/tiny. Rows are dialogues:
     id, voice, topics [str], users [str], speech [audio], replies [str], answers [str], units [[int]]
@@ -27,19 +27,19 @@ import librosa
 import numpy as np
 import soundfile
 import torch
-from datasets import Audio, Dataset, DatasetDict, List, load_from_disk
+from datasets import Audio, Dataset, DatasetDict, List, disable_caching, load_from_disk
 from torch.nn.utils.rnn import pad_sequence
 
 from codec import UNIT_RATE, UNIT_VOCAB, NanoCodec
 from configure import configure, fail
 from model import IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, SPEECH, expand_speech, log_mel, replace_folder, speech_sequence
-from tiny import world
+from tiny.world import ASSISTANT, SPLITS, dialogue, draw_voice, speak   # by name: datasets would pickle a whole module
 
 
 @dataclass(frozen=True)
 class DataConfig:
     out_dir: str = "corpus/tiny"       # where the corpus goes
-    train: int = 6000                  # dialogues for training
+    train: int = 12000                 # dialogues for training
     validation: int = 200              # dialogues for the loss and the figures during training
     test: int = 400                    # dialogues for eval.py: other sentences, other voices
     codec: str = "tiny/codec.pt"       # the codec that makes the units
@@ -56,15 +56,15 @@ class DataConfig:
 def dialogues(cfg):
     """Step 1: the texts. No two rows of a split are alike, and no split holds a question of another."""
     splits = {}
-    for split in world.SPLITS:
+    for split in SPLITS:
         rng, rows, seen = random.Random(f"{cfg.seed} {split}"), [], set()
         while len(rows) < getattr(cfg, split):
-            turns = world.dialogue(rng, split)
+            turns = dialogue(rng, split)
             key = tuple(t["user"] for t in turns)
             if key in seen and rng.random() < 0.9:    # the shortest ones run out of texts: then another voice says them
                 continue
             seen.add(key)
-            rows.append({"id": f"{split}-{len(rows):06d}", "voice": world.draw_voice(rng, split),
+            rows.append({"id": f"{split}-{len(rows):06d}", "voice": draw_voice(rng, split),
                          "topics": [t["topic"] for t in turns], "users": [t["user"] for t in turns],
                          "replies": [t["assistant"] for t in turns], "answers": [t["answer"] for t in turns]})
         splits[split] = Dataset.from_list(rows)
@@ -108,16 +108,15 @@ def read_audio(path):
     return torch.from_numpy(librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE))
 
 
-def speak_row(row):
-    """Step 2: say every turn, the user's in the row's voice, the assistant's in its own."""
-    say = lambda texts, voice: [{"bytes": wav_bytes(world.speak(t, voice)), "path": None} for t in texts]
-    return {"speech": say(row["users"], row["voice"]), "spoken_replies": say(row["replies"], world.ASSISTANT)}
-
-
 def unit_row(row, codec):
-    """Step 3: the assistant's speech as units."""
+    """Step 2: the replies as units, by way of the assistant's voice."""
     torch.set_num_threads(1)                          # one of several processes
-    return {"units": [codec.encode(torch.from_numpy(read_wav(a))).tolist() for a in row["spoken_replies"]]}
+    return {"units": [codec.encode(torch.from_numpy(speak(t, ASSISTANT))).tolist() for t in row["replies"]]}
+
+
+def speech_row(row):
+    """Step 3: the user's turns, said in the row's voice."""
+    return {"speech": [{"bytes": wav_bytes(speak(t, row["voice"])), "path": None} for t in row["users"]]}
 
 
 def reason_to_leave_out(row):
@@ -179,18 +178,15 @@ def main():
         json.dump(settings, f, indent=2)
     os.replace(meta + ".tmp", meta)
 
+    disable_caching()                                 # a step's folder is its cache; datasets would keep copies beside it
     texts = step(cfg, "dialogues", 1, lambda: dialogues(cfg))
-    audio = List(Audio(sampling_rate=SAMPLE_RATE, decode=False))
+    codec = NanoCodec.load(cfg.codec)
+    with_units = step(cfg, "units", 2, lambda: texts.map(unit_row, fn_kwargs={"codec": codec}, num_proc=cfg.processes,
+                                                         desc="encoding"))
 
     def speech():
-        said = texts.map(speak_row, num_proc=cfg.processes, desc="speaking")
-        return said.cast_column("speech", audio).cast_column("spoken_replies", audio)
-    said = step(cfg, "speech", 2, speech)
-
-    def units():
-        codec = NanoCodec.load(cfg.codec)
-        rows = said.map(unit_row, fn_kwargs={"codec": codec}, num_proc=cfg.processes, desc="encoding",
-                        remove_columns=["spoken_replies"])
+        rows = with_units.map(speech_row, num_proc=cfg.processes, desc="speaking")
+        rows = rows.cast_column("speech", List(Audio(sampling_rate=SAMPLE_RATE, decode=False)))
         reasons = {split: [reason_to_leave_out(row) for row in rows[split]] for split in rows}
         for split, why in reasons.items():
             for reason in sorted({r for r in why if r}):
@@ -199,8 +195,8 @@ def main():
         if not any(r for why in reasons.values() for r in why):
             print("left out: nothing")
         return DatasetDict({s: rows[s].select([i for i, r in enumerate(reasons[s]) if not r]) for s in rows})
-    table(step(cfg, "units", 3, units))
-    print(f"\nThe corpus is {cfg.out_dir}/units. Next: accelerate launch train.py config/tiny_stage1.py")
+    table(step(cfg, "speech", 3, speech))
+    print(f"\nThe corpus is {cfg.out_dir}. Next: accelerate launch train.py config/tiny_stage1.py")
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -208,7 +204,8 @@ def main():
 def load_corpus(folder, split):
     """The rows of a split. `folder` is data.py's out_dir, or a datasets folder of the same columns."""
     try:
-        return load_from_disk(os.path.join(folder, "units") if os.path.isdir(os.path.join(folder, "units")) else folder)[split]
+        built = os.path.join(folder, "speech")        # the last step of data.py
+        return load_from_disk(built if os.path.isdir(built) else folder)[split]
     except (FileNotFoundError, KeyError):
         fail(f"there is no corpus with a split {split!r} in {folder}; run `python data.py` first, or set --corpus")
 
@@ -237,8 +234,10 @@ class Dialogues(torch.utils.data.Dataset):
                   rows pointing at the position in `ids` whose state predicted the token
     """
 
-    def __init__(self, rows, tokenizer, tts_tokenizer, n_mels, R, W, pad_audio=False):
+    def __init__(self, rows, tokenizer, tts_tokenizer, n_mels, R, W, pad_audio=False, hear=True):
+        """hear=False leaves the user's speech out: stage 1 TTS does not need it."""
         self.rows, self.tokenizer, self.n_mels, self.R, self.W, self.pad = rows, tokenizer, n_mels, R, W, pad_audio
+        self.hear = hear
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.sep, self.unit_offset = tts_tokenizer.convert_tokens_to_ids(["<sep>", "<0>"])
         self.eos = tts_tokenizer.eos_token_id
@@ -248,8 +247,8 @@ class Dialogues(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
-        mels = [log_mel(torch.from_numpy(read_wav(a)), self.n_mels, self.pad) for a in row["speech"]]
-        frames = [m.shape[-1] for m in mels]
+        mels = [log_mel(torch.from_numpy(read_wav(a)), self.n_mels, self.pad) for a in row["speech"]] if self.hear else []
+        frames = [m.shape[-1] for m in mels] or [0] * len(row["replies"])
         ids, labels, turns = [], [], []
         for t, (reply, units) in enumerate(zip(row["replies"], row["units"])):
             prompt = expand_speech(chat_ids(self.tokenizer, row["replies"][:t]), frames[:t + 1])
@@ -266,8 +265,8 @@ class Dialogues(torch.utils.data.Dataset):
 def collate(items):
     """Items of `Dialogues` -> a batch of tensors, padded at the right. B dialogues, C clips, T replies:
 
-    names [B], ids and labels (B, L), mel (C, n_mels, frames), frames (C,), speech_ids, speech_rows, speech_labels
-    (T, M). speech_rows points into the flattened (B L) states, -1 where no row is read.
+    names [B], ids and labels (B, L), mel (C, n_mels, frames), frames (C,), speech_lengths (T,), speech_ids, speech_rows,
+    speech_labels (T, M). speech_rows points into the flattened (B L) states, -1 where no row is read.
     """
     pad = lambda lists, value: pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
     mels = [m for item in items for m in item["mels"]]
@@ -276,9 +275,9 @@ def collate(items):
              for b, item in enumerate(items) for speech, rows, labels in item["turns"]]
     speech, rows, targets = zip(*turns)
     return {"names": [item["id"] for item in items], "ids": ids, "labels": pad([i["labels"] for i in items], IGNORE),
-            "mel": pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2),
+            "mel": pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2) if mels else None,
             "frames": torch.tensor([m.shape[-1] for m in mels]),
-            "speech_ids": pad(speech, 0), "speech_rows": pad(rows, -1), "speech_labels": pad(targets, IGNORE)}
+            "speech_lengths": torch.tensor([len(x) for x in speech]), "speech_ids": pad(speech, 0), "speech_rows": pad(rows, -1), "speech_labels": pad(targets, IGNORE)}
 
 
 if __name__ == "__main__":

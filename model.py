@@ -228,11 +228,15 @@ class Omni(nn.Module):
 
     def embed_speech(self, mel, frames):
         """mel (C, n_mels, T), frames (C,) -> the clips' LLM positions one after the other, (sum of positions, H)."""
-        with torch.no_grad():                                  # frozen in every stage
-            x = self.model.speech_encoder(mel, frames)
-        x = self.model.speech_projector(x)                     # (C, T / 10, H)
-        keep = torch.arange(x.shape[1], device=x.device) < speech_positions(frames)[:, None]
-        return x[keep]
+        out = [None] * len(frames)
+        for group in frames.argsort().split(16):               # clips of similar length together: little padding
+            n = frames[group]
+            with torch.no_grad():                              # frozen in every stage
+                x = self.model.speech_encoder(mel[group, :, : int(n.max())], n)
+            x = self.model.speech_projector(x)                 # (16, T / 10, H)
+            for i, row, positions in zip(group.tolist(), x, speech_positions(n).tolist()):
+                out[i] = row[:positions]
+        return torch.cat(out)
 
     def embed_prompt(self, ids, mel, frames):
         """ids (B, L), SPEECH at every position that a clip fills, clips in reading order -> (B, L, H)."""
@@ -250,14 +254,18 @@ class Omni(nn.Module):
                 hidden = self.model(inputs_embeds=x, use_cache=False).last_hidden_state       # (B, L, H)
         if stage == "stage1":
             return summed_loss(hidden[:, :-1], self.lm_head, batch["labels"][:, 1:])
-        generator, ids, rows = self.speech_generator, batch["speech_ids"], batch["speech_rows"]   # (T, M): a turn a row
-        x = generator.embed(ids)
-        if stage == "stage2":
-            at = rows >= 0
-            fused = generator.fuse(hidden.flatten(0, 1)[rows[at]], ids[at])
-            x = x.masked_scatter(at[..., None], fused.to(x.dtype))
-        hidden = generator.model.model(inputs_embeds=x, use_cache=False).last_hidden_state    # (T, M, D)
-        return summed_loss(hidden, generator.model.lm_head, batch["speech_labels"])
+        generator, total = self.speech_generator, 0
+        for group in batch["speech_lengths"].argsort().chunk(4):                             # replies of similar length
+            longest = int(batch["speech_lengths"][group].max())
+            ids, rows, labels = (batch[k][group, :longest] for k in ("speech_ids", "speech_rows", "speech_labels"))
+            x = generator.embed(ids)                                                         # (T / 4, M, D)
+            if stage == "stage2":
+                at = rows >= 0
+                fused = generator.fuse(hidden.flatten(0, 1)[rows[at]], ids[at])
+                x = x.masked_scatter(at[..., None], fused.to(x.dtype))
+            states = generator.model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            total = total + torch.stack(summed_loss(states, generator.model.lm_head, labels))
+        return total.unbind()
 
     # ---- streaming
 
@@ -406,6 +414,9 @@ class Omni(nn.Module):
         if whisper or not own:
             encoder = SpeechEncoder.from_whisper(whisper or config["speech_encoder"])
         else:
+            for name in ("conv1.weight", "positional_embedding"):
+                if name not in own:
+                    raise ValueError(f"{folder} lacks tensor {prefix}{name}; it is of another model or damaged")
             size, n_mels, _ = own["conv1.weight"].shape
             layers = 1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks."))
             encoder = SpeechEncoder(n_mels, len(own["positional_embedding"]), size, size // 64, layers)
@@ -414,8 +425,9 @@ class Omni(nn.Module):
         if not own:
             weights |= {prefix + k: w for k, w in encoder.state_dict().items()}
         for head, tied in (("lm_head", config["tie_word_embeddings"]), ("speech_generator.model.lm_head", True)):
-            if tied:                                           # a tied head is one tensor, whether the file repeats it
-                weights[f"{head}.weight"] = weights[f"{head.replace('lm_head', 'model.')}embed_tokens.weight"]
+            table = f"{head.replace('lm_head', 'model.')}embed_tokens.weight"
+            if tied and table in weights:                      # a tied head is one tensor, whether the file repeats it
+                weights[f"{head}.weight"] = weights[table]
         missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
         wrong = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
         for what, names in (("lacks", missing), ("has an unknown", extra), ("has another shape of", wrong)):

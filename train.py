@@ -78,6 +78,8 @@ if cfg.batch_size % world:
     fail(f"batch_size {cfg.batch_size} does not divide over {world} processes; choose a multiple of {world}")
 share = cfg.batch_size // world                       # dialogues of one step that this process handles
 torch.manual_seed(cfg.seed)
+if accelerator.device.type == "cpu":                  # `accelerate launch` leaves each process one thread
+    torch.set_num_threads(max(1, os.cpu_count() // world))
 
 # ------------------------------------------------------------------------------------------ resume, model, data
 
@@ -114,7 +116,7 @@ for part, prefix in parts.items():
 
 def dialogues(split):
     return Dialogues(load_corpus(cfg.corpus, split), tokenizer, tts_tokenizer, model.model.speech_encoder.n_mels,
-                     cfg.read, cfg.write, cfg.pad_audio)
+                     cfg.read, cfg.write, cfg.pad_audio, hear=cfg.stage != "stage1_tts")
 
 train_set, validation_set = dialogues("train"), dialogues("validation")
 steps_per_epoch = len(train_set) // cfg.batch_size
@@ -186,7 +188,7 @@ def save():
     with open(os.path.join(tmp, "meta.json"), "w") as f:
         json.dump(meta, f, indent=1)
     replace_folder(tmp, folder)
-    for name in sorted(n for n in os.listdir(cfg.out_dir) if n.startswith("step-"))[:-2]:
+    for name in sorted(n for n in os.listdir(cfg.out_dir) if n.startswith("step-") and n[5:].isdigit())[:-2]:
         shutil.rmtree(os.path.join(cfg.out_dir, name))
     say(f"saved {folder}")
 

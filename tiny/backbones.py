@@ -44,7 +44,7 @@ class BackbonesConfig:
     out_dir: str = "tiny"          # where the three files go
     parts: tuple[str, ...] = ("qwen2", "codec", "whisper")   # which to train
     qwen2_dialogues: int = 20000   # how many dialogues Qwen2 reads
-    qwen2_steps: int = 1500        # steps of 64 dialogues
+    qwen2_steps: int = 1200        # steps of 64 dialogues
     codec_sentences: int = 5000    # how many different replies the codec hears
     codec_steps: int = 1200        # steps of 32 crops of 2 s
     whisper_clips: int = 16000     # how many different clips Whisper hears

@@ -1,0 +1,212 @@
+"""From sound to tensors and back: what is refused, one real recording measured, the corpus, the codec."""
+import math
+import random
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import CHECKPOINT, dialogue
+from safetensors.torch import load_file
+
+from codec import FSQ, NanoCodec
+from data import read_audio, read_wav, reason_to_leave_out, wav_bytes
+from model import expand_speech, log_mel, speech_positions
+from tiny import world
+
+JFK = Path(__file__).parent / "data" / "jfk.flac"    # 11 s of 1961, public domain; openai-whisper's test clip
+
+
+# ----------------------------------------------------------------------------------------------- a user's files
+
+def tone(seconds, rate=16000):
+    return (0.3 * np.sin(np.arange(round(seconds * rate)) * 440 * 2 * np.pi / rate)).astype(np.float32)
+
+
+def cut(path, size, format):
+    """An audio file of which only the first `size` bytes are left."""
+    soundfile.write(path, tone(1), 16000, format=format)
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def spoilt(path, value):
+    """A float WAV with one sample that is no number."""
+    wav = tone(1)
+    wav[5] = value
+    soundfile.write(path, wav, 16000, subtype="FLOAT")
+
+
+ABUSE = {  # what is wrong, how the file comes to be, a fragment of the refusal
+    "missing": (lambda p: None, "no such file"),
+    "empty": (lambda p: p.touch(), "cannot be read as audio"),
+    "text": (lambda p: p.write_text("Dear sir or madam,\n" * 100), "cannot be read as audio"),
+    "cut in the header": (lambda p: cut(p, 30, "WAV"), "cannot be read as audio"),
+    "cut in the middle": (lambda p: cut(p, 5000, "FLAC"), "damaged"),
+    "no frames": (lambda p: soundfile.write(p, tone(0), 16000), "0.00 s"),
+    "silent": (lambda p: soundfile.write(p, 0 * tone(1), 16000), "silent"),
+    "NaN": (lambda p: spoilt(p, np.nan), "no numbers"),
+    "infinite": (lambda p: spoilt(p, -np.inf), "no numbers"),
+    "0.05 s": (lambda p: soundfile.write(p, tone(0.05), 16000), "0.05 s"),
+    "31 s": (lambda p: soundfile.write(p, tone(31), 16000), "31.00 s"),
+    "1000 Hz": (lambda p: soundfile.write(p, tone(1, 1000), 1000), "1000 Hz"),
+    "a directory": (lambda p: p.mkdir(), ""),
+}
+
+
+@pytest.mark.parametrize("what", ABUSE)
+def test_read_audio_abuse(tmp_path, what):
+    """No bad recording reaches the model or shows a traceback of a library: one ValueError, which names the file."""
+    make, fragment = ABUSE[what]
+    path = tmp_path / "question.wav"
+    make(path)
+    with pytest.raises(ValueError) as refusal:
+        read_audio(str(path))
+    assert str(refusal.value).startswith(f"{path}: ") and fragment in str(refusal.value)
+
+
+@pytest.mark.parametrize("seconds, rate", [(0.1, 16000), (30, 16000), (30, 44100), (0.1, 44100), (0.1, 22050), (30, 48000)])
+def test_read_audio_at_its_limits(tmp_path, seconds, rate):
+    """The shortest and the longest clip pass, at any rate, and become whole LLM positions."""
+    path = str(tmp_path / "a.wav")
+    soundfile.write(path, tone(seconds, rate), rate)
+    wav = read_audio(path)
+    assert len(wav) == round(seconds * 16000) and speech_positions(log_mel(wav, 80).shape[-1]) == 10 * seconds
+
+
+# ---------------------------------------------------------------------------------------------- a real recording
+
+def test_a_real_recording():
+    """11.0 s by the clock: 176000 samples, 1100 mel frames, 550 encoder frames, 110 LLM positions; padded 3000, 300.
+    The mel has the mean and deviation that the official front end gave for the same clip."""
+    wav = read_audio(str(JFK))
+    assert wav.shape == (176000,) and wav.dtype == torch.float32
+    mel, padded = log_mel(wav, 128), log_mel(wav, 128, pad=True)
+    assert mel.shape == (128, 1100) and padded.shape == (128, 3000)
+    assert speech_positions(1100) == 110 and speech_positions(3000) == 300
+    assert expand_speech([7, -200, 8], [1100]) == [7, *[-200] * 110, 8]
+    golden = load_file(CHECKPOINT / "inputs.safetensors")
+    torch.testing.assert_close(wav, golden["audio0"], atol=2 ** -15, rtol=0)                # ours has 16 bits
+    torch.testing.assert_close(torch.stack([padded.mean(), padded.std()]), golden["mel0_padded_mean_std"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(mel[:, :1090], padded[:, :1090], atol=1e-4, rtol=0)          # up to its end they agree
+
+
+@pytest.mark.parametrize("ending, error", [("wav", 0.01), ("ogg", 0.1)])
+def test_other_formats_give_the_same_sound(tmp_path, ending, error):
+    """44.1 kHz stereo is mixed and resampled to the samples it came from: exactly in time, and to 1 % (10 % after a
+    lossy format) of their energy."""
+    wav = read_audio(str(JFK)).numpy()
+    high = librosa.resample(wav, orig_sr=16000, target_sr=44100)
+    path = str(tmp_path / f"jfk.{ending}")
+    soundfile.write(path, np.stack([1.2 * high, 0.8 * high], 1), 44100)
+    again = read_audio(path).numpy()
+    assert again.shape == wav.shape
+    assert np.linalg.norm(again - wav) / np.linalg.norm(wav) < error
+
+
+# ---------------------------------------------------------------------------------------------------- the corpus
+
+def test_wav_bytes_round_trip():
+    """A row's audio survives the corpus to half a step of 16 bits, and what is too loud is clipped, not wrapped."""
+    wav = np.random.default_rng(0).uniform(-0.999, 0.999, 5000).astype(np.float32)
+    again = read_wav({"bytes": wav_bytes(wav), "path": None})
+    assert again.shape == wav.shape and again.dtype == np.float32 and np.abs(again - wav).max() <= 1.01 / 32768
+    loud = read_wav({"bytes": wav_bytes(np.array([1.5, -1.5]))})
+    assert loud[0] > 0.999 and loud[1] == -1
+
+
+GOOD = dialogue([1.0, 0.5], ["Yes.", "No."], [30, 20])
+LEFT_OUT = [  # a column, its bad value, a fragment of the reason
+    ("users", ["Hello.", " "], "empty text"),
+    ("replies", ["Yes.", ""], "empty text"),
+    ("replies", ["Yes.<|im_end|>", "No."], "special token"),
+    ("users", ["Hello.", "Say <speech>."], "special token"),
+    ("speech", dialogue([1.0, 0.05], [], [])["speech"], "shorter"),
+    ("speech", dialogue([30.5, 1.0], [], [])["speech"], "longer"),
+    ("units", [[5], []], "no units"),
+    ("units", [[5], [6561]], "outside 0 .. 6560"),
+    ("units", [[-1], [5]], "outside 0 .. 6560"),
+]
+
+
+@pytest.mark.parametrize("column, value, fragment", LEFT_OUT)
+def test_reason_to_leave_out(column, value, fragment):
+    """Each kind of row that cannot be trained on is left out, for its own reason, and a good one stays."""
+    assert reason_to_leave_out(GOOD) is None
+    assert fragment in reason_to_leave_out(GOOD | {column: value})
+
+
+def test_splits_share_no_question_and_no_voice():
+    """Held out means held out: neither a test sentence nor a test voice occurs in training."""
+    said, voices = {}, {}
+    for split in world.SPLITS:
+        rng = random.Random(split)
+        turns = [t for _ in range(600) for t in world.dialogue(rng, split)]
+        said[split] = {t["user"] for t in turns if t["topic"] not in ("recalling", "manners")}      # these are shared
+        voices[split] = {world.draw_voice(rng, split).split("+")[1].split(":")[0] for _ in range(400)}
+    for a, b in (("train", "test"), ("train", "validation"), ("validation", "test")):
+        assert len(said[a]) > 100 and not said[a] & said[b]
+        assert len(voices[a]) >= 4 and not {v.lower() for v in voices[a]} & {v.lower() for v in voices[b]}
+    assert not any("f2" in v for v in voices.values())                                      # the assistant's own
+
+
+def test_every_answer_is_in_its_reply():
+    """eval.py looks for the answer in the reply; the corpus' own replies would all be right."""
+    letters = lambda text: "".join(c for c in text.lower() if c.isalnum() or c == " ")
+    turns = [t for i in range(500) for t in world.dialogue(random.Random(i), "train")]
+    assert {t["topic"] for t in turns} >= {"recalling", "counting", "repeating"}
+    assert [t for t in turns if letters(t["answer"]) not in letters(t["assistant"])] == []
+
+
+# ----------------------------------------------------------------------------------------------------- the codec
+
+def test_units_are_codes():
+    """All 6561 units and their codes are one to one; the first dimension counts least."""
+    units = torch.arange(6561)
+    codes = FSQ.to_codes(units)
+    assert set(codes.unique().tolist()) == {-1, 0, 1} and len(codes.unique(dim=0)) == 6561
+    assert torch.equal(FSQ.to_units(codes), units)
+    assert codes[1].tolist() == [0, *[-1] * 7] and codes[6560].tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("hz", [160.0, 173.3, None])
+def test_pulses_are_a_sum_of_cosines(hz):
+    """The closed form equals the sum of harmonics that it stands for; at 160 Hz every pulse falls on a sample."""
+    rng = torch.Generator().manual_seed(0)
+    f0 = torch.full((1, 200), hz) if hz else 120 + 60 * torch.rand(1, 200, generator=rng)
+    hz = f0.repeat_interleave(160, -1).double()
+    phase, count = 2 * math.pi * (hz / 16000).cumsum(-1), (7600 / hz).floor()
+    expected = sum(torch.cos(k * phase) * (k <= count) for k in range(1, 64)) / (count / 2).sqrt()
+    torch.testing.assert_close(NanoCodec(dim=32, phonemes="a").pulses(f0).double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bursts", [[10] * 6, [10, 10, 4], [1, 1, 2, 0, 7, 23, 1, 30], [3], [1], [95]], ids=str)
+def test_streamed_sound_equals_decoded_sound(bursts):
+    """Sound made while units come in is the sound of all units together: no click at a burst's edge, 640 samples a unit."""
+    torch.manual_seed(0)
+    codec = NanoCodec(dim=32, phonemes="a").eval()
+    units = torch.randint(6561, (sum(bursts),))
+    pieces = list(codec.stream([burst.tolist() for burst in units.split(bursts)]))
+    whole = codec.decode(units)
+    assert len(whole) == 640 * len(units) and whole.std() > 0.01
+    # a rounding error in the pitch moves every later pulse a little: 4e-5 of the peak were seen
+    torch.testing.assert_close(torch.cat(pieces), whole, atol=2e-4 * whole.abs().max().item(), rtol=0)
+    assert len(bursts) < 5 or len(pieces) > 2          # sound came before the end
+
+
+def test_encode_counts_units():
+    """25 units a second, and a begun one counts."""
+    torch.manual_seed(0)
+    codec, wav = NanoCodec(dim=32, phonemes="a").eval(), read_audio(str(JFK))
+    assert [len(codec.encode(wav[:n])) for n in (176000, 3 * 640, 3 * 640 + 1, 4 * 640)] == [275, 3, 4, 4]
+
+
+def test_a_codec_survives_its_file(tmp_path):
+    """What is saved comes back as the halves it was saved in, ready to speak."""
+    torch.manual_seed(0)
+    codec = NanoCodec(dim=32, phonemes=["a", "b"])
+    codec.save(tmp_path / "codec.pt")
+    again = NanoCodec.load(tmp_path / "codec.pt")
+    assert again.phonemes == ["a", "b"] and not again.training
+    assert all(torch.equal(again.state_dict()[k], v.half().float()) for k, v in codec.state_dict().items())
