@@ -28,7 +28,7 @@ import whisper
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model, Qwen2Tokenizer
 from whisper.model import AudioEncoder, LayerNorm
 
 SAMPLE_RATE = 16000           # Hz, of the speech that goes in
@@ -353,7 +353,7 @@ class Omni(nn.Module):
     def from_backbones(cls, llm, whisper, speech_lm, R=3, W=10):
         """Before training: a Qwen2, a Whisper, and a second Qwen2 that becomes the speech LM (folders, files or hub
         names). Returns (model, tokenizer, tts_tokenizer)."""
-        tokenizer, tts_tokenizer = AutoTokenizer.from_pretrained(llm), AutoTokenizer.from_pretrained(speech_lm)
+        tokenizer, tts_tokenizer = Qwen2Tokenizer.from_pretrained(llm), Qwen2Tokenizer.from_pretrained(speech_lm)
         tokenizer.add_tokens(["<speech>"], special_tokens=True)
         tts_tokenizer.add_tokens(["<sep>"], special_tokens=True)          # must take the id that `<speech>` has above
         tts_tokenizer.add_tokens([f"<{u}>" for u in range(UNIT_VOCAB)])
@@ -471,7 +471,7 @@ def replace_folder(tmp, folder):
 
 
 def load_tokenizers(folder):
-    return AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(os.path.join(folder, "tts_tokenizer"))
+    return Qwen2Tokenizer.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(os.path.join(folder, "tts_tokenizer"))
 
 
 SPEECH_FIELDS = ("bos_token_id", "eos_token_id", "hidden_size", "intermediate_size", "max_position_embeddings",

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import whisper
 from tokenizers import pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from codec import FSQ, NanoCodec
@@ -260,7 +260,6 @@ def make_tokenizer(texts):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer(vocab=letters, merges=[]).train_new_from_iterator(
         texts + ["system user assistant"] * 100, vocab_size=256 + 700 + len(special), new_special_tokens=special)
-    print(tokenizer.special_tokens_map, len(tokenizer))
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -322,7 +321,7 @@ if __name__ == "__main__":
             continue
         start, rng = time.time(), random.Random(f"{cfg.seed} {part}")
         if part == "whisper":
-            train(cfg, rng, AutoTokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
+            train(cfg, rng, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
         else:
             train(cfg, rng)
         print(f"{part}: {time.time() - start:.0f} s")

@@ -85,7 +85,8 @@ def capitals(rng, memory):
         q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}.", "Do you know the capital of {}?",
                         "Which city is the capital of {}?"])
         return q.format(country), f"The capital of {country} is {city}.", city
-    q = rng.choice(["{} is the capital of which country?", "In which country is {}?", "Where is the city of {}?"])
+    q = rng.choice(["{} is the capital of which country?", "In which country is {}?", "Where is the city of {}?",
+                    "Which country has the city of {}?"])
     return q.format(city), f"{city} is in {country}.", country
 
 
@@ -116,7 +117,7 @@ def kinds(rng, memory):
     kind = rng.choice(["animal", "fruit", "vegetable", "city", "country", "month", "color"])
     thing = rng.choice(KINDS[kind])
     name = a(thing) if kind in ("animal", "fruit", "vegetable") else thing
-    q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is."])
+    q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is.", "Do you know what {} is?"])
     return q.format(name), f"{cap(name)} is {a(kind)}.", kind
 
 
@@ -124,9 +125,11 @@ def counting(rng, memory):
     start, end = sorted(rng.sample(range(13), 2))
     end = min(end, start + 5)
     run = NUMBERS[start:end + 1]
-    q = rng.choice(["Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?"])
+    q = rng.choice(["Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?",
+                    "Start at {} and count to {}."])
     if rng.random() < 0.3:
-        run, q = run[::-1], rng.choice(["Count down from {} to {}.", "Please count down from {} to {}."])
+        run, q = run[::-1], rng.choice(["Count down from {} to {}.", "Please count down from {} to {}.",
+                                         "Can you count down from {} to {}?"])
     return q.format(run[0], run[-1]), cap(", ".join(run)) + ".", " ".join(run)
 
 
@@ -140,21 +143,24 @@ def comparing(rng, memory):
 
 
 def repeating(rng, memory):
-    words = " ".join(rng.sample(WORDS, rng.randint(2, 4)))
+    words = " ".join(rng.sample(WORDS, rng.randint(2, 3)))
     q = rng.choice(["Repeat after me: {}.", "Please say: {}.", "Say the words: {}."])
     return q.format(words), f"You said: {words}.", words
 
 
 MEMORY = {                                            # what is told -> (ways to tell it, the reply, ways to ask, answer)
-    "name": (NAMES, ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}."],
+    "name": (NAMES, ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}.", "People call me {}."],
              "Nice to meet you, {}.", ["What is my name?", "Do you remember my name?", "Who am I?"], "Your name is {}."),
-    "color": (KINDS["color"], ["My favorite color is {}.", "I like the color {}.", "The color that I love is {}."],
+    "color": (KINDS["color"], ["My favorite color is {}.", "I like the color {}.", "The color that I love is {}.", "My house is {}.",
+                                "I want a {} coat."],
               "I like {} too.", ["What is my favorite color?", "Which color do I like?"], "Your favorite color is {}."),
-    "food": (FOODS, ["I love to eat {}.", "My favorite food is {}.", "I like {} for dinner."],
+    "food": (FOODS, ["I love to eat {}.", "My favorite food is {}.", "I like {} for dinner.", "I eat a lot of {}.",
+                     "Give me some {}, please."],
              "I hope you get some {} today.", ["What is my favorite food?", "What do I like to eat?"], "You like to eat {}."),
-    "city": (list(CAPITALS.values()), ["I live in {}.", "My home is in {}.", "I come from {}."],
+    "city": (list(CAPITALS.values()), ["I live in {}.", "My home is in {}.", "I come from {}.", "I have a house in {}.",
+                                               "I am from {}."],
              "{} is a lovely city.", ["Where do I live?", "Which city do I live in?"], "You live in {}."),
-    "pet": (PETS, ["I have a {}.", "My pet is a {}.", "At home I have a {}."],
+    "pet": (PETS, ["I have a {}.", "My pet is a {}.", "At home I have a {}.", "There is a {} in my house.", "My friend gave me a {}."],
             "I hope your {} is well.", ["Which pet do I have?", "What animal do I have?"], "You have a {}."),
 }
 
@@ -180,7 +186,7 @@ def manners(rng, memory):
 
 
 TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 10, comparing: 10,
-          repeating: 14, telling: 16, manners: 3}      # topic -> weight
+          repeating: 8, telling: 16, manners: 3}      # topic -> weight
 
 
 def split_of(sentence):
