@@ -137,8 +137,9 @@ class NanoCodec(nn.Module):
         phase = torch.cumsum(f0.double() / self.sample_rate, -1).frac() * 2 * math.pi
         count = torch.floor(7600 / f0)
         half = torch.sin(phase / 2)
-        half = torch.where(half.abs() < 1e-4, 1e-4, half)
-        return ((torch.sin((count + 0.5) * phase) / (2 * half) - 0.5) / torch.sqrt(count / 2)).float()
+        at_pulse = half.abs() < 1e-6                           # there the quotient tends to K + 1/2
+        ratio = torch.where(at_pulse, count + 0.5, torch.sin((count + 0.5) * phase) / torch.where(at_pulse, 1.0, 2 * half))
+        return ((ratio - 0.5) / torch.sqrt(count / 2)).float()
 
     def stft(self, wav):
         """(B, 160 T) -> complex (B, T, 257), frame t centred on sample 160 t."""

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -181,7 +180,7 @@ def main():
     os.makedirs(cfg.out, exist_ok=True)
     how = SampleConfig(temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
 
-    turns, start = [], time.time()
+    turns = []
     for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
         clips = [torch.from_numpy(read_wav(a)) for a in row["speech"]]
         mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in clips]

@@ -202,7 +202,7 @@ def evaluate():
     totals = torch.zeros(5, device=accelerator.device)         # loss, targets, right, replies right, replies
     for i in range(0, len(rows), cfg.micro_batch):
         items = [validation_set[r] for r in rows[i:i + cfg.micro_batch]]
-        totals[:3] += torch.stack(model(to_device(collate(items)), cfg.stage))
+        totals[:3] += torch.stack(omni(to_device(collate(items)), cfg.stage))     # not DDP: ranks may differ in count
         if cfg.stage == "stage1":
             for r, item in zip(rows[i:i + cfg.micro_batch], items):
                 replies = validation_set.rows[r]["replies"]

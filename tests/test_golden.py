@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import SPEECH, Omni, expand_speech, log_mel, qwen2_config
+from model import SPEECH, Omni, expand_speech, log_mel
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "llama_omni2"))
 

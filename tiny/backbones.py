@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from codec import FSQ, NanoCodec
+from codec import NanoCodec
 from configure import configure
 from eval import word_error_rate
 from model import SpeechEncoder, replace_folder

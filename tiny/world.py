@@ -17,7 +17,6 @@ dialogue asks what was never asked in training, in a voice that was never heard.
 import ctypes
 import functools
 import hashlib
-import random
 
 import librosa
 import numpy as np
