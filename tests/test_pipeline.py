@@ -121,3 +121,19 @@ def test_refusals(world):
     for arguments, fragment in (([world / "straight", "--wav", "none.wav"], "none.wav: there is no such file"),
                                 ([world / "straight", "--index", "99"], "--index 99"), ([world / "nowhere"], "nowhere")):
         assert fragment in run(*sample, *arguments, code=2).strip().splitlines()[-1]
+
+
+def test_the_global_batch_alone_decides(world):
+    """The same losses and weights, up to rounding, from one process, from two micro-batches, and from two processes."""
+    from safetensors.torch import load_file
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for name, launch, micro in (("one", LAUNCH, 8), ("accumulated", LAUNCH, 4), ("two", two, 4)):
+        command = train_command(world, "stage1", name, "--epochs", 1, "--precision", "no", "--micro_batch", micro)
+        run(*launch, *command[len(LAUNCH):])
+    ours = {name: load_file(max((world / name).glob("step-*")) / "model.safetensors") for name in ("one", "accumulated", "two")}
+    for name, processes in (("accumulated", 1), ("two", 2)):
+        meta = json.loads((max((world / name).glob("step-*")) / "meta.json").read_text())
+        assert meta["processes"] == processes
+        for a, b in zip(meta["log"], log_of(world / "one"), strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
+        assert all((ours[name][k] - v).abs().max() < 1e-3 for k, v in ours["one"].items())
