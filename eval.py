@@ -228,7 +228,8 @@ def main():
         json.dump({"ckpt": cfg.ckpt, **result, "replies": [{k: v for k, v in t.items() if k != "wav"} for t in turns]}, f, indent=1)
     os.replace(f"{cfg.out}/eval.json.tmp", f"{cfg.out}/eval.json")
     if cfg.runs and codec:
-        shown = next((t for t in turns if "reply_file" in t and len(t["wav"]) and t["text"] == t["reference"]), turns[0])
+        spoken_turns = [t for t in turns if "reply_file" in t and len(t["wav"])]
+        shown = max(spoken_turns, key=lambda t: t["text"] == t["reference"])      # the first right one, or the first
         picture(f"{cfg.out}/demo.png", cfg.runs, shown, soundfile.read(shown["question_file"])[0], shown["wav"], codec.sample_rate)
         print(f"{cfg.out}/demo.png: the losses of {', '.join(cfg.runs)}, and a question with its reply")
     for t in turns:

@@ -20,6 +20,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -73,7 +74,13 @@ class TrainConfig:
 cfg = configure(TrainConfig)
 accelerator = accelerate.Accelerator(mixed_precision=cfg.precision, log_with="tensorboard", project_dir=cfg.out_dir)
 main, world = accelerator.is_main_process, accelerator.num_processes
-say = lambda text: main and tqdm.write(text)
+
+
+def say(text):
+    if main:
+        tqdm.write(text)
+        sys.stdout.flush()                            # a log file shows it at once
+
 if cfg.batch_size % world:
     fail(f"batch_size {cfg.batch_size} does not divide over {world} processes; choose a multiple of {world}")
 share = cfg.batch_size // world                       # dialogues of one step that this process handles

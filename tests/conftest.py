@@ -26,7 +26,7 @@ def dialogue(seconds, replies, units, seed=0):
 
 
 ROWS = [dialogue([1.0], ["Paris is nice."], [45], 1),          # one turn; every reply's last block is another one
-        dialogue([0.71, 1.33], ["Hi there.", "It is five, I think."], [9, 60], 2),
+        dialogue([0.79, 1.33], ["Hi there.", "It is five, I think."], [9, 60], 2),
         dialogue([0.4, 0.2, 0.95], ["Yes.", "No.", "Two and two is four."], [30, 12, 71], 3)]
 
 

@@ -113,6 +113,7 @@ def test_a_stage_changes_its_own_parts_alone(items, stage, parts):
     omni = load()[0]
     before = {k: v.clone() for k, v in omni.state_dict().items()}
     omni.freeze_for(stage)
+    assert {part_of(k) for k, p in omni.named_parameters() if p.requires_grad} == parts
     optimizer = torch.optim.AdamW(omni.parameters(), lr=1e-3, weight_decay=0.1)
     omni(collate(items), stage)[0].backward()
     optimizer.step()
@@ -124,16 +125,16 @@ def test_a_stage_changes_its_own_parts_alone(items, stage, parts):
 def test_masks_and_labels_by_hand(tiny, items):
     """A two-turn dialogue, position by position: where speech goes, what is learned, which state each row reads."""
     _, tokenizer, _ = tiny
-    item = items[1]                                   # clips of 0.71 s and 1.33 s, "Hi there." and "It is five, I think."
+    item = items[1]                                   # clips of 0.79 s and 1.33 s, "Hi there." and "It is five, I think."
     ids, labels = item["ids"], item["labels"]
-    # 67 tokens of system prompt and "<|im_start|>user\n"; 71 frames -> 36 -> 7; 11 tokens of "<|im_end|>\n<|im_start|>
+    # 67 tokens of system prompt and "<|im_start|>user\n"; 79 frames -> 40 -> 8; 11 tokens of "<|im_end|>\n<|im_start|>
     # assistant\n"; "Hi there.<|im_end|>" 6; "\n<|im_start|>user\n" 7; 133 frames -> 67 -> 13; 11; the last reply
-    first, second, third, fourth = 67, 67 + 7 + 11, 85 + 6 + 7, 98 + 13 + 11
-    assert [p for p, i in enumerate(ids) if i == SPEECH] == [*range(67, 74), *range(98, 111)]
+    first, second, third, fourth = 67, 67 + 8 + 11, 86 + 6 + 7, 99 + 13 + 11
+    assert [p for p, i in enumerate(ids) if i == SPEECH] == [*range(67, 75), *range(99, 112)]
     assert [p for p, x in enumerate(labels) if x != IGNORE] == [*range(second, second + 6), *range(fourth, len(ids))]
     assert all(x in (IGNORE, i) for i, x in zip(ids, labels))          # the shift by one is forward's business
     assert tokenizer.decode(ids[:first]).endswith("<|im_end|>\n<|im_start|>user\n")
-    assert tokenizer.decode(ids[74:second]) == "<|im_end|>\n<|im_start|>assistant\n" == tokenizer.decode(ids[111:fourth])
+    assert tokenizer.decode(ids[75:second]) == "<|im_end|>\n<|im_start|>assistant\n" == tokenizer.decode(ids[112:fourth])
     assert tokenizer.decode(ids[second:second + 6]) == "Hi there.<|im_end|>"
     assert tokenizer.decode(ids[second + 6:third]) == "\n<|im_start|>user\n"
     assert tokenizer.decode(ids[fourth:]) == "It is five, I think.<|im_end|>"

@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     """Backbones and corpus, micro."""
     at = tmp_path_factory.mktemp("world")
     run(sys.executable, "tiny/backbones.py", "--out_dir", at / "tiny", "--qwen2_dialogues", 400, "--qwen2_steps", 60,
-        "--codec_sentences", 100, "--codec_steps", 40, "--whisper_clips", 128, "--whisper_steps", 12)
+        "--codec_sentences", 100, "--codec_steps", 40, "--whisper_clips", 128, "--whisper_steps", 12, "--figures", 8)
     run(sys.executable, "data.py", "--out_dir", at / "corpus", "--train", 48, "--validation", 8, "--test", 8,
         "--codec", at / "tiny/codec.pt")
     return at
@@ -62,7 +62,7 @@ def test_three_stages_and_a_reply(world):
     for stage, start in (("stage1", None), ("stage1_tts", "stage1"), ("stage2", "stage1_tts")):
         out = train(world, stage, stage, "--epochs", 3, *(["--init_from", world / start] if start else []))
         losses = [line["loss"] for line in log_of(world / stage) if "loss" in line]
-        assert len(losses) == 9 and sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
+        assert len(losses) == 9 and sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
         assert "speech adapter" in out and "val_loss" in out
     out = run(sys.executable, "sample.py", "--ckpt", world / "stage2", "--corpus", world / "corpus", "--codec",
               world / "tiny/codec.pt", "--out", world / "reply.wav", "--max_units", 60)

@@ -49,6 +49,7 @@ class BackbonesConfig:
     codec_steps: int = 1200        # steps of 32 crops of 2 s
     whisper_clips: int = 16000     # how many different clips Whisper hears
     whisper_steps: int = 2000      # steps of 32 clips
+    figures: int = 400             # held-out items that each figure of merit is measured on
     seed: int = 1337               # of the sentences, the voices and the initial weights
 
 
@@ -239,9 +240,9 @@ def train_whisper(cfg, rng, tokenizer):
         fit("whisper", model, loss, cfg.whisper_steps)
     for name, split, accents in (("unseen sentences and voices", "test", world.ACCENTS),
                                  ("... in an unseen accent", "test", [world.UNSEEN_ACCENT])):
-        test = draw(split, 400, accents)
+        test = draw(split, cfg.figures, accents)
         heard = hear_all(test)
-        texts = [t for i in range(0, 400, 50) for t in transcribe(model, tokenizer, heard[i:i + 50])]
+        texts = [t for i in range(0, len(test), 50) for t in transcribe(model, tokenizer, heard[i:i + 50])]
         print(f"whisper: WER on {name}: {100 * word_error_rate([t for t, _ in test], texts):.1f} %")
     weights = {k: v.half() for k, v in model.state_dict().items() if not k.startswith("ctc.")}
     torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": weights}, f"{cfg.out_dir}/whisper.pt.tmp")
@@ -295,7 +296,7 @@ def train_qwen2(cfg, rng):
         return {"text": F.cross_entropy(model.lm_head(hidden[at]).float(), labels[:, 1:][at])}
     fit("qwen2", model, loss, cfg.qwen2_steps)
     right, count = Counter(), Counter()
-    for _ in range(300):
+    for _ in range(cfg.figures):
         turns = world.dialogue(rng, "test")
         prompt = tokenizer.apply_chat_template(chat(turns)[:-1], tokenize=False, add_generation_prompt=True)
         x = tokenizer(prompt, return_tensors="pt")["input_ids"]
