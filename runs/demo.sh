@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a blank machine to a chatbot that talks back, everything trained on the way: `bash runs/demo.sh`.
 #
-# It needs Linux, Python 3.11, two CPU cores, 4 GB of memory and 6 GB of disk; no GPU, no root and no model hub. Each
+# It needs Linux, Python 3.11, two CPU cores, 8 GB of memory and 8 GB of disk; no GPU, no root and no model hub. Each
 # step says why it is there and how long it took. A step that is done is not done again, so a run that was stopped
 # continues where it was: run the same command again.
 set -euo pipefail
