@@ -34,7 +34,7 @@ step "stage 2: speech -> speech" "The speech LM learns to speak while the LLM th
 step "evaluation" "Held-out questions in held-out voices, judged by an independent recogniser." \
     python eval.py --ckpt out/tiny_stage2 --runs out/tiny_stage1,out/tiny_stage1_tts,out/tiny_stage2
 step "a conversation" "One held-out dialogue, streaming, as you would use it." \
-    python sample.py --ckpt out/tiny_stage2 --index 1 --out out/reply.wav
+    python sample.py --ckpt out/tiny_stage2 --index 5 --out out/reply.wav
 
 printf '\n%s\n' "Time on $machine"
 printf '  %s\n' "${times[@]}" "$(printf '%-34s %5d s' "together" $((SECONDS - started)))"
