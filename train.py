@@ -72,7 +72,8 @@ class TrainConfig:
 
 
 cfg = configure(TrainConfig)
-accelerator = accelerate.Accelerator(mixed_precision=cfg.precision, log_with="tensorboard", project_dir=cfg.out_dir)
+no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())    # said aloud, or Accelerate ignores torchrun
+accelerator = accelerate.Accelerator(cpu=no_gpu, mixed_precision=cfg.precision, log_with="tensorboard", project_dir=cfg.out_dir)
 main, world = accelerator.is_main_process, accelerator.num_processes
 
 
