@@ -429,7 +429,7 @@ class Omni(nn.Module):
             if tied and table in weights:                      # a tied head is one tensor, whether the file repeats it
                 weights[f"{head}.weight"] = weights[table]
         missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-        wrong = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+        wrong = [k for k in sorted(expected.keys() & weights.keys()) if expected[k].shape != weights[k].shape]
         for what, names in (("lacks", missing), ("has an unknown", extra), ("has another shape of", wrong)):
             if names:
                 raise ValueError(f"{folder} {what} tensor {names[0]} ({len(names)} such); it is of another model or damaged")
