@@ -34,7 +34,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from codec import NanoCodec
 from configure import configure
-from eval import word_error_rate
+from eval import hear_all as recognise, language_model, word_error_rate
 from model import SpeechEncoder, replace_folder
 from tiny import world
 
@@ -163,7 +163,13 @@ def train_codec(cfg, rng):
                 "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
     fit("codec", codec, loss, cfg.codec_steps)
     codec.save(f"{cfg.out_dir}/codec.pt")
-    return codec
+    unseen = [t["assistant"] for _ in range(cfg.figures) for t in world.dialogue(rng, "test")][:cfg.figures]
+    original = say_all([(t, world.ASSISTANT) for t in unseen])
+    decoded = [codec.decode(codec.encode(torch.from_numpy(w))).numpy() for w in original]
+    for judge, bigram in (("bigram", True), ("word loop", False)):
+        arpa = language_model(sorted(texts), bigram)
+        there, back = (100 * word_error_rate(unseen, recognise(wavs, arpa)) for wavs in (original, decoded))
+        print(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess {back - there:.1f}")
 
 
 # -------------------------------------------------------------------------------------------------- whisper
