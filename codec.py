@@ -89,7 +89,7 @@ class NanoCodec(nn.Module):
         self.embed = nn.Linear(FSQ_DIMS, dim)
         self.slow = nn.Sequential(Block(dim, lookahead=LOOKAHEAD), Block(dim), Block(dim))       # 25 Hz
         self.upsample = nn.Linear(dim, 2 * dim)
-        self.fast = nn.Sequential(*[Block(dim) for _ in range(3)])                               # 50 Hz
+        self.fast = nn.Sequential(*[Block(dim) for _ in range(2)])                               # 50 Hz
         self.head = nn.Linear(dim, 2 * (1 + 2 * self.bands))                                     # 2 frames of 100 Hz
         # each filter is a curve through `bands` points, spaced as ears space them (mel), over the STFT's bins
         points = torch.linspace(0, 2595 * math.log10(1 + self.sample_rate / 2 / 700), self.bands)

@@ -39,7 +39,7 @@ from tiny.world import ASSISTANT, SPLITS, dialogue, draw_voice, speak   # by nam
 @dataclass(frozen=True)
 class DataConfig:
     out_dir: str = "corpus/tiny"       # where the corpus goes
-    train: int = 12000                 # dialogues for training
+    train: int = 20000                 # dialogues for training
     validation: int = 200              # dialogues for the loss and the figures during training
     test: int = 400                    # dialogues for eval.py: other sentences, other voices
     codec: str = "tiny/codec.pt"       # the codec that makes the units

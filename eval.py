@@ -5,12 +5,14 @@ Why: a loss says little about a conversation. As in the paper (section 4.2) ther
 of the speech, where an answer counts if it occurs in the reply, and a word error rate between the two.
     exact        the reply's text is right to the letter
     S2T, S2S     the answer occurs in the text; in what a recogniser hears in the spoken reply
+    typed        exact, when the text model that training started from reads the same questions
     WER          what the recogniser hears, against the reply's own text; beside it the same for the original
                  synthesiser's speech of the same texts, since the recogniser errs too. The excess is ours.
 The recogniser is independent of all that was trained here: pocketsphinx with its own acoustic model, told only which
 words there are, once with a bigram model of the corpus's replies and once with all words equally likely.
 
-How: python eval.py --ckpt out/tiny_stage2        prints the table, writes eval.json and the first replies as WAV
+How: python eval.py --ckpt out/tiny_stage2        prints the table, writes eval.json, and the first dialogues as sound
+files with gallery.md, which says what was asked, answered and heard
 """
 import functools
 import json
@@ -27,6 +29,7 @@ import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from configure import configure, fail
 
@@ -89,14 +92,16 @@ def recogniser(arpa):
         file.write(arpa)
         file.flush()
         return Decoder(hmm=get_model_path("en-us/en-us"), dict=get_model_path("en-us/cmudict-en-us.dict"), lm=file.name,
-                       loglevel="FATAL")
+                       cmn="batch", loglevel="FATAL")         # each clip is normalised by itself, in whatever order they come
 
 
 def hear(job):
-    """(wav (samples,) at 16 kHz, ARPA language model) -> the text that pocketsphinx hears."""
+    """(wav (samples,) at 16 kHz, ARPA language model) -> the text that pocketsphinx hears. The clip is put into a quiet
+    room, noise at -60 dB: the digital silence of a synthesiser doubles its errors."""
     wav, arpa = job
-    decoder, silence = recogniser(arpa), np.zeros(3200, np.int16)
-    pcm = np.concatenate([silence, (np.clip(wav, -1, 1) * 32767).astype(np.int16), silence])
+    decoder, room = recogniser(arpa), np.random.default_rng(0).normal(0, 1e-3, len(wav) + 6400)
+    room[3200:-3200] += wav
+    pcm = (np.clip(room, -1, 1) * 32767).astype(np.int16)
     decoder.start_utt()
     decoder.process_raw(pcm.tobytes(), full_utt=True)
     decoder.end_utt()
@@ -124,9 +129,10 @@ class EvalConfig:
     split: str = "test"                # or validation, while something is still being tuned
     dialogues: int = 200               # how many
     codec: str = "tiny/codec.pt"       # units -> waveform
-    out: str = "out/tiny_eval"         # folder for eval.json, the replies and the picture
+    llm: str = "tiny/qwen2"            # the text model that training started from
+    out: str = "out/tiny_eval"         # folder for eval.json, the gallery and the picture
     runs: tuple[str, ...] = ()         # the runs of the three stages: draw their losses and a reply into demo.png
-    keep: int = 6                      # how many dialogues are kept as WAV
+    keep: int = 6                      # how many dialogues are kept in the gallery
     text: bool = False                 # text alone: exact and S2T, for a checkpoint of stage 1
     temperature: float = 0.3           # of the units
     top_p: float = 1.0                 # of the units
@@ -161,6 +167,35 @@ def picture(path, runs, turn, question, reply, rate):
     fig.savefig(path, dpi=100)
 
 
+@torch.inference_mode()
+def typed(llm, rows):
+    """For each turn of the rows: is the answer of the text model at `llm` right to the letter, the user's words typed?"""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32), Qwen2Tokenizer.from_pretrained(llm)
+    end, right = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
+    for row in tqdm(rows, desc="typing", unit="dialogue", leave=False):
+        messages = []
+        for user, reply in zip(row["users"], row["replies"]):
+            messages.append({"role": "user", "content": user})
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            out = model.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=end, pad_token_id=end)[0, ids.shape[1]:]
+            messages.append({"role": "assistant", "content": tokenizer.decode(out, skip_special_tokens=True)})
+            right.append(messages[-1]["content"] == reply)
+    return right
+
+
+def gallery(folder, turns):
+    """folder/gallery.md: a table of the turns that were kept, right or wrong."""
+    lines = ["| | asked | answered | heard by pocketsphinx | |", "|---|---|---|---|---|"]
+    for t in turns:
+        mark = "right" if t["text"] == t["reference"] else f"wrong: {t['reference']}"
+        link = lambda key: f"[{'▶'}]({os.path.basename(t[key])})"
+        lines.append(f"| {t['id'].split('-')[1].lstrip('0') or 0}.{t['turn'] + 1} | {link('question_file')} {t['question']} | "
+                     f"{link('reply_file')} {t['text']} | {t['heard_bigram']} | {mark} |")
+    with open(f"{folder}/gallery.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+
+
 def main():
     cfg = configure(EvalConfig)
     from codec import NanoCodec
@@ -178,6 +213,8 @@ def main():
         fail(e)
     omni.eval().to(device)
     os.makedirs(cfg.out, exist_ok=True)
+    gate = []                                         # how much of each row comes from the LLM's state, 0 to 1
+    omni.speech_generator.gate.register_forward_hook(lambda module, inputs, g: gate.append(g))
     how = SampleConfig(temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
 
     turns = []
@@ -192,13 +229,14 @@ def main():
                           "reference": row["replies"][t], "answer": row["answers"][t], "text": text, "notes": notes,
                           "wav": wav, "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
             if d < cfg.keep:
-                turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{row['id']}-{t + 1}-{n}.wav" for n in ("question", "reply"))
-                soundfile.write(turns[-1]["question_file"], clips[t].numpy(), 16000)
+                turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{row['id']}-{t + 1}-{n}.ogg" for n in ("question", "reply"))
+                soundfile.write(turns[-1]["question_file"], clips[t].numpy(), 16000, subtype="OPUS")
                 if codec:
-                    soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate)
+                    soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate, subtype="OPUS")
     share = lambda hits: 100 * sum(hits) / max(1, len(hits))
     result = {"dialogues": len(rows), "turns": len(turns),
               "exact": share([t["text"] == t["reference"] for t in turns]),
+              "exact_typed": share(typed(cfg.llm, rows)),
               "s2t": share([occurs(t["answer"], t["text"]) for t in turns]),
               "exact_needing_history": share([t["text"] == t["reference"] for t in turns if t["topic"] == "recalling"])}
     print(f"\n{'topic':14}{'turns':>7}{'exact %':>9}")
@@ -208,6 +246,8 @@ def main():
         texts = [t["text"] for t in turns]
         spoken, original = [t["wav"] for t in turns], speak_all([t if t.strip() else "no" for t in texts])
         replies = [r for row in load_corpus(cfg.corpus, "train")["replies"] for r in row]
+        known = set(replies)
+        result["new_replies"] = sum(t not in known for t in texts)      # said in no dialogue of training
         for name, bigram in (("bigram", True), ("word_loop", False)):
             arpa = language_model(replies, bigram)
             heard, heard_original = hear_all(spoken, arpa), hear_all(original, arpa)
@@ -216,14 +256,21 @@ def main():
             result[f"wer_{name}_excess"] = result[f"wer_{name}"] - result[f"wer_{name}_original"]
             result[f"s2s_{name}"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard)])
             result[f"s2s_{name}_original"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard_original)])
+            fresh = [(t, o, h) for t, o, h in zip(texts, heard_original, heard) if t not in known]
+            if fresh:
+                said, o, h = zip(*fresh)
+                result[f"wer_{name}_excess_new_replies"] = 100 * (word_error_rate(said, h) - word_error_rate(said, o))
             for t, h in zip(turns, heard):
                 t[f"heard_{name}"] = h
         result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / codec.sample_rate)
         result["first_audio_ms"] = 1000 * float(np.median([t["first_audio"] for t in turns if t["first_audio"]]))
+        if gate:
+            g = torch.stack(gate).float()
+            result |= {"gate_mean": float(g.mean()), "gate_spread": float(g.std())}
         result["cut"] = sum(bool(t["notes"]) for t in turns)
     print(f"\n{'figure on ' + cfg.split:40}{'value':>9}")
     for key, value in result.items():
-        print(f"{key:40}{value:9.1f}" if isinstance(value, float) else f"{key:40}{value:9}")
+        print(f"{key:40}{value:9.{3 if value < 1 else 1}f}" if isinstance(value, float) else f"{key:40}{value:9}")
     with open(f"{cfg.out}/eval.json.tmp", "w") as f:
         json.dump({"ckpt": cfg.ckpt, **result, "replies": [{k: v for k, v in t.items() if k != "wav"} for t in turns]}, f, indent=1)
     os.replace(f"{cfg.out}/eval.json.tmp", f"{cfg.out}/eval.json")
@@ -232,8 +279,10 @@ def main():
         shown = max(spoken_turns, key=lambda t: t["text"] == t["reference"])      # the first right one, or the first
         picture(f"{cfg.out}/demo.png", cfg.runs, shown, soundfile.read(shown["question_file"])[0], shown["wav"], codec.sample_rate)
         print(f"{cfg.out}/demo.png: the losses of {', '.join(cfg.runs)}, and a question with its reply")
-    for t in turns:
-        if "reply_file" in t and codec:
+    if codec:
+        kept = [t for t in turns if "reply_file" in t]
+        gallery(cfg.out, kept)
+        for t in kept:
             print(f"{t['reply_file']}\n    asked {t['question']!r}, said {t['text']!r}, heard {t['heard_bigram']!r}")
 
 

@@ -42,6 +42,11 @@ STAGES = {                    # what each stage trains, by prefix of the paramet
     "stage1_tts": ("speech_generator.model",),
     "stage2": ("speech_generator",),
 }
+UNUSED = {                    # what a kind of fusion leaves out
+    "gate": (),
+    "text": ("speech_generator.input_proj", "speech_generator.gate"),
+    "hidden": ("speech_generator.gate",),
+}
 
 
 # ------------------------------------------------------------------------------------------------ the layout
@@ -163,10 +168,12 @@ class SpeechGenerator(nn.Module):
 
     h, the state of the LLM that predicted a token, and e, the speech LM's embedding of that token, become one row:
         z = W2 relu(W1 h + b1) + b2;   g = sigmoid(Wg [z ; e] + bg);   row = g * z + (1 - g) * e
+    For the ablation of section 4.4 `fusion` may also be "text" (row = e) or "hidden" (row = z).
     """
 
-    def __init__(self, config, hidden_size):
+    def __init__(self, config, hidden_size, fusion="gate"):
         super().__init__()
+        self.fusion = fusion
         self.model = Qwen2ForCausalLM(config)
         D = config.hidden_size
         self.input_proj = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), nn.Linear(2 * hidden_size, D))
@@ -181,7 +188,11 @@ class SpeechGenerator(nn.Module):
     def fuse(self, hidden, ids):
         """LLM states (..., H) and the ids (...) that they predicted -> fused rows (..., D)."""
         e = self.embed(ids)
+        if self.fusion == "text":
+            return e
         z = self.input_proj(hidden)
+        if self.fusion == "hidden":
+            return z
         g = self.gate(torch.cat([z, e], dim=-1))
         return g * z + (1 - g) * e
 
@@ -208,7 +219,7 @@ class Omni(nn.Module):
         self.lm_head = nn.Linear(H, config["vocab_size"], bias=False)
         self.model.speech_encoder = encoder                    # where the release keeps them
         self.model.speech_projector = SpeechAdapter(config["speech_encoder_hidden_size"], H)
-        self.speech_generator = SpeechGenerator(qwen2_config(config["speech_generator"]), H)
+        self.speech_generator = SpeechGenerator(qwen2_config(config["speech_generator"]), H, config.get("fusion", "gate"))
         self.tie()
         words = config["stream_params"].strip("() ").split(",")
         if len(words) != 2 or not all(w.strip().isdigit() and int(w) > 0 for w in words):
@@ -222,7 +233,7 @@ class Omni(nn.Module):
     def freeze_for(self, stage):
         """Only what `stage` trains (STAGES) gets gradients."""
         for name, p in self.named_parameters():
-            p.requires_grad = name.startswith(STAGES[stage])
+            p.requires_grad = name.startswith(STAGES[stage]) and not name.startswith(UNUSED[self.speech_generator.fusion])
 
     # ---- training
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configure import configure, fail
 from data import Dialogues, chat_ids, collate, load_corpus
-from model import IGNORE, STAGES, Omni, newest_checkpoint, replace_folder
+from model import IGNORE, STAGES, UNUSED, Omni, newest_checkpoint, replace_folder
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class TrainConfig:
     speech_lm: str = "tiny/qwen2"      # Qwen2 that the speech LM starts from
     read: int = 3                      # R: rows of text that the speech LM reads ...
     write: int = 10                    # W: ... before it writes so many units
+    fusion: str = "gate"               # of stage 2; for the ablation: text (without the LLM's states) or hidden (they alone)
     pad_audio: bool = False            # pad every clip to 30 s, as the official front end does
     batch_size: int = 32               # dialogues per optimizer step, over all processes
     micro_batch: int = 32              # dialogues that one process handles at once; the rest is accumulated
@@ -53,6 +54,7 @@ class TrainConfig:
     warmup: float = 0.03               # share of the steps with rising rate; a cosine to zero follows
     weight_decay: float = 0.01         # of AdamW, on matrices
     beta2: float = 0.98                # of AdamW
+    muon: bool = False                 # Muon instead of AdamW for the matrices inside the networks
     clip: float = 1.0                  # largest norm of the gradient
     precision: str = "bf16"            # bf16 (autocast) or no (fp32)
     log_every: int = 10                # steps between log lines
@@ -66,6 +68,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"stage is {self.stage!r}; it must be one of {', '.join(STAGES)}")
+        if self.fusion not in UNUSED:
+            raise ValueError(f"fusion is {self.fusion!r}; it must be one of {', '.join(UNUSED)}")
         for key in ("read", "write", "batch_size", "micro_batch", "epochs", "lr", "log_every", "eval_every", "save_every"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above zero")
@@ -112,6 +116,8 @@ except (OSError, ValueError, RuntimeError) as e:      # a folder that lacks a fi
     fail(f"the model cannot be loaded: {e}")
 if (model.R, model.W) != (cfg.read, cfg.write):
     fail(f"read, write is {cfg.read}, {cfg.write}, but {last or cfg.init_from} was trained with {model.R}, {model.W}")
+if cfg.fusion != "gate":                              # a field of ours: the released checkpoints have none
+    model.config["fusion"] = model.speech_generator.fusion = cfg.fusion
 model.freeze_for(cfg.stage)
 
 say(f"\n{'part':24}{'trained':>14}{'frozen':>14}")
@@ -165,16 +171,21 @@ def get_lr(step):
         return cfg.lr * (step + 1) / rise
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, max_steps - rise)))
 
-trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-                               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}],
-                              lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n}
+by_muon = set(matrices) if cfg.muon else set()
+optimizers = [torch.optim.AdamW([{"params": [p for n, p in trained.items() if p.ndim > 1 and n not in by_muon], "weight_decay": cfg.weight_decay},
+                                 {"params": [p for n, p in trained.items() if p.ndim < 2], "weight_decay": 0.0}],
+                                lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)]
+if cfg.muon:                                          # its steps are scaled to the size of AdamW's: one lr serves both
+    optimizers.append(torch.optim.Muon(list(matrices.values()), lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
 step = 0
 if last:
-    optimizer.load_state_dict(torch.load(os.path.join(last, "optimizer.pt"), weights_only=True))
+    for optimizer, state in zip(optimizers, torch.load(os.path.join(last, "optimizer.pt"), weights_only=True), strict=True):
+        optimizer.load_state_dict(state)
     step = saved["step"]
     say(f"\nresuming {last}")
-model, optimizer = accelerator.prepare(model, optimizer)
+model, *optimizers = accelerator.prepare(model, *optimizers)
 omni = accelerator.unwrap_model(model)
 if main:
     os.makedirs(cfg.out_dir, exist_ok=True)
@@ -188,7 +199,7 @@ def save():
     folder = os.path.join(cfg.out_dir, f"step-{step:06d}")
     tmp = folder + ".part"
     omni.save_pretrained(tmp, tokenizer, tts_tokenizer)
-    torch.save(optimizer.state_dict(), os.path.join(tmp, "optimizer.pt"))
+    torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(tmp, "optimizer.pt"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     meta = {"step": step, "max_steps": max_steps, "epoch": step / steps_per_epoch, "config": dataclasses.asdict(cfg),
             "log": history, "git": commit, "processes": world, "device": str(accelerator.device),
@@ -246,7 +257,7 @@ while step < max_steps:
     micro = [to_device(next(batches)) for _ in range(math.ceil(share / cfg.micro_batch))]
     key = "labels" if cfg.stage == "stage1" else "speech_labels"
     targets = accelerator.reduce(sum((b[key] != IGNORE).sum() for b in micro))     # of the whole global batch
-    for group in optimizer.param_groups:
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["lr"] = get_lr(step)
     bad = torch.zeros(1, device=accelerator.device)
     for i, batch in enumerate(micro):
@@ -255,13 +266,14 @@ while step < max_steps:
             accelerator.backward(loss * world / targets)       # DDP takes the mean over processes: times world
         window += torch.stack([loss.detach(), n, right])
         bad += ~torch.isfinite(loss.detach())
-    norm = accelerator.clip_grad_norm_(trained, cfg.clip)
+    norm = accelerator.clip_grad_norm_(trained.values(), cfg.clip)
     if accelerator.reduce(bad + ~torch.isfinite(norm)).item():
         names = [name for batch in micro for name in batch["names"]]
         print(f"step {step}, process {accelerator.process_index}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
         fail(f"stopped before step {step} was taken; the last checkpoint is untouched. Look at the rows above, or lower --lr {cfg.lr}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     step, done = step + 1, done + 1
     bar.update()
 

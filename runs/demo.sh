@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a blank machine to a chatbot that talks back, everything trained on the way: `bash runs/demo.sh`.
+# From a blank machine to a chatbot that talks back: `bash runs/demo.sh`. It starts from the backbones in tiny/, as the
+# real sizes start from downloads; `bash runs/demo.sh --from-scratch` grows them here too, which takes LONGER more.
 #
 # It needs Linux, Python 3.11, two CPU cores, 8 GB of memory and 8 GB of disk; no GPU, no root and no model hub. Each
 # step says why it is there and how long it took. A step that is done is not done again, so a run that was stopped
@@ -21,8 +22,12 @@ train() { accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_p
 
 cd "$(dirname "$0")/.."
 step "environment" "A virtual environment with the packages of requirements.txt." setup
-step "backbones" "A language model, a speech codec and a recogniser to start from. At real size these are downloads." \
-    python tiny/backbones.py
+if [ "${1:-}" = --from-scratch ]; then # once: called again, it goes on with what it has grown. `git checkout tiny` brings the shipped ones back
+    [ -e tiny/grown ] || rm -rf tiny/whisper.pt tiny/codec.pt tiny/qwen2 tiny/backbones.log
+    touch tiny/grown
+    step "backbones" "A language model, a speech codec and a recogniser to start from. At real size these are downloads." \
+        python tiny/backbones.py
+fi
 step "corpus" "Dialogues, their speech in many voices, and the replies' speech as units: what the three stages learn from." \
     python data.py
 step "stage 1: speech -> text" "The LLM learns to answer what the frozen Whisper hears, through a small adapter." \
@@ -38,5 +43,5 @@ step "a conversation" "One held-out dialogue, streaming, as you would use it." \
 
 printf '\n%s\n' "Time on $machine"
 printf '  %s\n' "${times[@]}" "$(printf '%-34s %5d s' "together" $((SECONDS - started)))"
-printf '\n%s\n' "The figures: out/tiny_eval/eval.json    the picture: out/tiny_eval/demo.png    replies: out/tiny_eval/*.wav" \
+printf '\n%s\n' "The figures: out/tiny_eval/eval.json    the picture: out/tiny_eval/demo.png    what was said and heard: out/tiny_eval/gallery.md" \
     "Ask your own question:  source .venv/bin/activate && python sample.py --wav question.wav"

@@ -122,6 +122,24 @@ def test_a_stage_changes_its_own_parts_alone(items, stage, parts):
     assert all(any(k.startswith(prefix) for k in changed) for prefix in STAGES[stage])
 
 
+@torch.no_grad()
+def test_ablations_of_the_gate(tiny, items):
+    """Fusion without hidden states is stage 1 TTS to the last digit; with hidden states alone the text ids do not
+    matter; neither trains what it leaves out."""
+    omni, *_ = load()
+    g, batch = omni.speech_generator, collate(items)
+    gated = omni(batch, "stage2")[0]
+    g.fusion = "text"
+    assert omni(batch, "stage2")[0] == omni(batch, "stage1_tts")[0] != gated
+    g.fusion = "hidden"
+    hidden = torch.randn(5, omni.config["hidden_size"])
+    torch.testing.assert_close(g.fuse(hidden, torch.arange(5)), g.fuse(hidden, torch.arange(5, 10)), atol=0, rtol=0)
+    for fusion, trained in (("gate", {"model", "input_proj", "gate"}), ("hidden", {"model", "input_proj"}), ("text", {"model"})):
+        g.fusion = fusion
+        omni.freeze_for("stage2")
+        assert {n.split(".")[1] for n, p in omni.named_parameters() if p.requires_grad} == trained
+
+
 def test_masks_and_labels_by_hand(tiny, items):
     """A two-turn dialogue, position by position: where speech goes, what is learned, which state each row reads."""
     _, tokenizer, _ = tiny

@@ -9,7 +9,8 @@ and sample.py cannot tell the difference:
     tiny/qwen2/       transformers' Qwen2ForCausalLM and its tokenizer: `from_pretrained("tiny/qwen2")`
     tiny/codec.pt     codec.NanoCodec
 
-How: `python tiny/backbones.py` synthesises speech of the train split (tiny/world.py), trains each one for a fixed
+They are shipped with the repository, as the real ones are downloads, and backbones.log is the log of the run that made
+them. How: `python tiny/backbones.py` synthesises speech of the train split (tiny/world.py), trains each one for a fixed
 number of steps, prints its figure of merit on held-out sentences and voices, and writes it. What is there already is
 left alone. Muon updates the matrices of the blocks and AdamW everything else: it learned faster than AdamW alone.
 """
@@ -43,12 +44,12 @@ from tiny import world
 class BackbonesConfig:
     out_dir: str = "tiny"          # where the three files go
     parts: tuple[str, ...] = ("qwen2", "codec", "whisper")   # which to train
-    qwen2_dialogues: int = 20000   # how many dialogues Qwen2 reads
-    qwen2_steps: int = 1200        # steps of 64 dialogues
-    codec_sentences: int = 5000    # how many different replies the codec hears
-    codec_steps: int = 1200        # steps of 32 crops of 2 s
-    whisper_clips: int = 16000     # how many different clips Whisper hears
-    whisper_steps: int = 2000      # steps of 32 clips
+    qwen2_dialogues: int = 60000   # how many dialogues Qwen2 reads
+    qwen2_steps: int = 3000        # steps of 64 dialogues
+    codec_sentences: int = 3000    # how many different sentences the codec hears, all in the assistant's voice
+    codec_steps: int = 2000        # steps of 32 crops of 2 s
+    whisper_clips: int = 40000     # how many different clips Whisper hears
+    whisper_steps: int = 5000      # steps of 32 clips
     figures: int = 400             # held-out items that each figure of merit is measured on
     seed: int = 1337               # of the sentences, the voices and the initial weights
 
@@ -62,6 +63,13 @@ def optimizers(model, lr):
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [torch.optim.Muon(inside, lr=lr, weight_decay=0.01, adjust_lr_fn="original"),
             torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def say(text):
+    """Print a line, and keep it in backbones.log."""
+    tqdm.write(text)
+    with open(f"{cfg.out_dir}/backbones.log", "a") as f:
+        f.write(text + "\n")
 
 
 def fit(name, model, loss_of_batch, steps, lr=0.02):
@@ -82,8 +90,8 @@ def fit(name, model, loss_of_batch, steps, lr=0.02):
             opt.param_groups[0]["lr"] = base * scale
             opt.step()
             opt.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            bar.set_postfix({k: f"{v.item():.3f}" for k, v in losses.items()})
+        if step % 100 == 0 or step == steps - 1:
+            say(f"{name} step {step}/{steps} | " + " | ".join(f"{k} {v.item():.3f}" for k, v in losses.items()))
     return model.eval()
 
 
@@ -107,7 +115,7 @@ def say_all(jobs):
 
 # ---------------------------------------------------------------------------------------------------- codec
 
-def pitch(wav, hop=NanoCodec.hop, low=80, high=400):
+def pitch(wav, hop=NanoCodec.hop, low=65, high=300):
     """Pitch of a clean voice by normalised autocorrelation: wav (samples,) 16 kHz -> (f0 Hz, strength 0..1), 100 Hz."""
     size = 800                                        # 50 ms window
     frames = F.pad(wav, (size // 2, size // 2)).unfold(0, size, hop)[: len(wav) // hop] * torch.hann_window(size)
@@ -125,7 +133,7 @@ def pitch(wav, hop=NanoCodec.hop, low=80, high=400):
 def train_codec(cfg, rng):
     texts = set()
     while len(texts) < cfg.codec_sentences:
-        texts |= {t["assistant"] for t in world.dialogue(rng, "train")}
+        texts |= {t[who] for t in world.dialogue(rng, "train") for who in ("user", "assistant")}
     spoken = say_all([(t, world.ASSISTANT, True) for t in sorted(texts)])
     names = sorted({p for _, events in spoken for _, p in events})
     clips = []
@@ -167,9 +175,9 @@ def train_codec(cfg, rng):
     original = say_all([(t, world.ASSISTANT) for t in unseen])
     decoded = [codec.decode(codec.encode(torch.from_numpy(w))).numpy() for w in original]
     for judge, bigram in (("bigram", True), ("word loop", False)):
-        arpa = language_model(sorted(texts), bigram)
+        arpa = language_model([t["assistant"] for _ in range(2000) for t in world.dialogue(rng, "train")], bigram)
         there, back = (100 * word_error_rate(unseen, recognise(wavs, arpa)) for wavs in (original, decoded))
-        print(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess {back - there:.1f}")
+        say(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess {back - there:.1f}")
 
 
 # -------------------------------------------------------------------------------------------------- whisper
@@ -221,13 +229,13 @@ def train_whisper(cfg, rng, tokenizer):
     tokens = [[end] + tokenizer(t)["input_ids"] + [end] for t, _ in jobs]
     letters = [[1 + ord(c) - ord("a") if c != " " else 27 for c in t.lower() if c.isalpha() or c == " "] for t, _ in jobs]
     torch.manual_seed(cfg.seed)
-    dims = whisper.model.ModelDimensions(n_mels=80, n_audio_ctx=1500, n_audio_state=192, n_audio_head=3, n_audio_layer=3,
-                                         n_vocab=len(tokenizer), n_text_ctx=64, n_text_state=192, n_text_head=3, n_text_layer=1)
+    dims = whisper.model.ModelDimensions(n_mels=80, n_audio_ctx=1500, n_audio_state=128, n_audio_head=2, n_audio_layer=6,
+                                         n_vocab=len(tokenizer), n_text_ctx=64, n_text_state=128, n_text_head=2, n_text_layer=1)
     model = whisper.model.Whisper(dims)
     nn.init.normal_(model.decoder.positional_embedding, std=0.02)
     nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)
-    model.encoder = SpeechEncoder(80, 1500, 192, 3, 3)
-    model.ctc = nn.Linear(192, 28)
+    model.encoder = SpeechEncoder(80, 1500, 128, 2, 6)
+    model.ctc = nn.Linear(128, 28)
     batches = bucketed(rng, [m.shape[1] for m in mels], 32)
 
     def loss():
@@ -249,7 +257,7 @@ def train_whisper(cfg, rng, tokenizer):
         test = draw(split, cfg.figures, accents)
         heard = hear_all(test)
         texts = [t for i in range(0, len(test), 50) for t in transcribe(model, tokenizer, heard[i:i + 50])]
-        print(f"whisper: WER on {name}: {100 * word_error_rate([t for t, _ in test], texts):.1f} %")
+        say(f"whisper: WER on {name}: {100 * word_error_rate([t for t, _ in test], texts):.1f} %")
     weights = {k: v.half() for k, v in model.state_dict().items() if not k.startswith("ctc.")}
     torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": weights}, f"{cfg.out_dir}/whisper.pt.tmp")
     os.replace(f"{cfg.out_dir}/whisper.pt.tmp", f"{cfg.out_dir}/whisper.pt")
@@ -309,7 +317,7 @@ def train_qwen2(cfg, rng):
         out = model.generate(x, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end)[0, x.shape[1]:]
         count[turns[-1]["topic"]] += 1
         right[turns[-1]["topic"]] += tokenizer.decode(out, skip_special_tokens=True) == turns[-1]["assistant"]
-    print(f"qwen2: exact answers to unseen typed questions: {100 * right.total() / count.total():.1f} %  ("
+    say(f"qwen2: exact answers to unseen typed questions: {100 * right.total() / count.total():.1f} %  ("
           + ", ".join(f"{t} {100 * right[t] / n:.0f}" for t, n in count.items()) + ")")
     model.half().save_pretrained(f"{cfg.out_dir}/qwen2.tmp")
     tokenizer.save_pretrained(f"{cfg.out_dir}/qwen2.tmp")
@@ -324,11 +332,11 @@ if __name__ == "__main__":
         if part not in cfg.parts:
             continue
         if os.path.exists(f"{cfg.out_dir}/{file}"):
-            print(f"{part}: {cfg.out_dir}/{file} is there already")
+            say(f"{part}: {cfg.out_dir}/{file} is there already")
             continue
         start, rng = time.time(), random.Random(f"{cfg.seed} {part}")
         if part == "whisper":
             train(cfg, rng, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
         else:
             train(cfg, rng)
-        print(f"{part}: {time.time() - start:.0f} s")
+        say(f"{part}: {time.time() - start:.0f} s")
