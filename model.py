@@ -391,6 +391,7 @@ class Omni(nn.Module):
         omni.model.load_state_dict(omni.model.state_dict() | brain.model.state_dict())
         omni.lm_head.load_state_dict(brain.lm_head.state_dict())
         omni.speech_generator.model.load_state_dict(mouth.state_dict())
+        nn.init.constant_(omni.speech_generator.gate[0].bias, -3.0)       # g = 0.05: stage 2 begins where stage 1 TTS ended
         return omni, tokenizer, tts_tokenizer
 
     @classmethod

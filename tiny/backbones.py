@@ -45,7 +45,7 @@ class BackbonesConfig:
     out_dir: str = "tiny"          # where the three files go
     parts: tuple[str, ...] = ("qwen2", "codec", "whisper")   # which to train
     qwen2_dialogues: int = 60000   # how many dialogues Qwen2 reads
-    qwen2_steps: int = 3000        # steps of 64 dialogues
+    qwen2_steps: int = 2000        # steps of 64 dialogues
     codec_sentences: int = 3000    # how many different sentences the codec hears, all in the assistant's voice
     codec_steps: int = 2000        # steps of 32 crops of 2 s
     whisper_clips: int = 40000     # how many different clips Whisper hears

@@ -35,23 +35,23 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "B
             "Portugal": "Lisbon", "Austria": "Vienna", "Norway": "Oslo", "Poland": "Warsaw", "Kenya": "Nairobi",
             "Ireland": "Dublin"}
 OPPOSITES = [("hot", "cold"), ("big", "small"), ("left", "right"), ("old", "young"), ("happy", "sad"), ("open", "closed"),
-             ("full", "empty"), ("light", "dark"), ("hard", "soft"), ("rich", "poor"), ("loud", "quiet"),
-             ("early", "late"), ("strong", "weak"), ("clean", "dirty")]
+             ("light", "dark"), ("hard", "soft"), ("rich", "poor"), ("early", "late"), ("strong", "weak"),
+             ("clean", "dirty")]
 OPPOSITE = dict(OPPOSITES + [(b, a) for a, b in OPPOSITES])
 COLORS = {"banana": "yellow", "lemon": "yellow", "tomato": "red", "cherry": "red", "carrot": "orange",
           "pumpkin": "orange", "frog": "green", "leaf": "green", "cucumber": "green", "snowman": "white",
-          "swan": "white", "raven": "black", "tire": "black", "plum": "purple",
+          "swan": "white", "tire": "black", "plum": "purple",
           "elephant": "gray", "dolphin": "gray", "bear": "brown", "potato": "brown", "blueberry": "blue"}
-KINDS = {"animal": "frog swan raven elephant dolphin bear mouse cat dog sheep horse whale rabbit".split(),
+KINDS = {"animal": "frog swan elephant dolphin bear mouse cat dog sheep horse whale rabbit".split(),
          "fruit": "banana lemon cherry plum blueberry mango peach".split(),
          "vegetable": "carrot potato cucumber pumpkin cabbage".split(),
          "city": list(CAPITALS.values()), "country": list(CAPITALS), "month": MONTHS, "color": sorted(set(COLORS.values()))}
-SIZES = "mouse frog raven rabbit cat dog sheep bear horse elephant whale".split()       # from small to big
+SIZES = "mouse frog cat dog sheep horse elephant whale".split()       # from small to big
 NAMES = ("Anna Peter Maria Thomas Julia David Laura Simon Emma Martin Alice Robert Nina Oscar Clara Henry Susan George "
          "Lisa Daniel").split()
 FOODS = "bread cheese pizza soup rice pasta chocolate salad honey butter".split()
 PETS = "cat dog rabbit horse mouse frog".split()
-MOODS = "happy sad hungry angry busy sleepy quiet strong young clean".split()            # for "repeat after me"
+MOODS = "happy sad hungry angry busy sleepy strong young clean".split()            # for "repeat after me"
 
 
 def a(noun):
@@ -146,20 +146,22 @@ def repeating(rng, memory):
     return q.format(said), f"{cap(said)}.", said
 
 
-MEMORY = {                                            # what is told -> (ways to tell it, the reply, ways to ask, answer)
-    "name": (NAMES, ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}.", "People call me {}."],
+MEMORY = {                                            # what is told -> (values, ways to tell it, reply, ways to ask, answer)
+    "name": (NAMES, ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}.", "People call me {}.",
+                     "Good morning, I am {}.", "Please call me {}.", "Hello, I am {}."],
              "Nice to meet you, {}.", ["What is my name?", "Do you remember my name?", "Who am I?"], "Your name is {}."),
     "color": (KINDS["color"], ["My favorite color is {}.", "I like the color {}.", "The color that I love is {}.", "My house is {}.",
-                                "My coat is {}."],
+                               "My coat is {}.", "I love the color {}.", "The color of my house is {}.", "The color that I like is {}."],
               "I like {} too.", ["What is my favorite color?", "Which color do I like?"], "Your favorite color is {}."),
     "food": (FOODS, ["I love to eat {}.", "My favorite food is {}.", "I like {} for dinner.", "I eat a lot of {}.",
-                     "Give me some {}, please."],
+                     "Give me some {}, please.", "I like to eat {}.", "My dinner is {}.", "I love {} for dinner."],
              "I hope you get some {} today.", ["What is my favorite food?", "What do I like to eat?"], "You like to eat {}."),
     "city": (list(CAPITALS.values()), ["I live in {}.", "My home is in {}.", "I come from {}.", "I have a house in {}.",
-                                               "I am from {}."],
+                                       "I am from {}.", "My house is in {}.", "My friend and I live in {}.", "I have a home in {}."],
              "{} is a lovely city.", ["Where do I live?", "Which city do I live in?"], "You live in {}."),
-    "pet": (PETS, ["I have a {}.", "My pet is a {}.", "At home I have a {}.", "There is a {} in my house.", "My friend gave me a {}."],
-            "A {} is a good friend.", ["Which pet do I have?", "What animal do I have?"], "You have a {}."),
+    "pet": (PETS, ["I have a {}.", "My pet is a {}.", "At home I have a {}.", "There is a {} in my house.", "My friend gave me a {}.",
+                   "In my house I have a {}.", "Hello, I have a {}.", "My friend is a {}."],
+            "How good to have a {} at home.", ["Which pet do I have?", "What animal do I have?"], "You have a {}."),
 }
 
 
@@ -186,8 +188,8 @@ def manners(rng, memory):
                        ("Goodbye.", "Goodbye, see you soon.", "goodbye")])
 
 
-TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 10, comparing: 10,
-          repeating: 10, telling: 20, manners: 4}      # topic -> weight
+TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 12, comparing: 12,
+          repeating: 10, telling: 22, manners: 4}      # topic -> weight
 
 
 def split_of(sentence):
