@@ -1,14 +1,15 @@
 """
-Speech units <-> waveform.
+Speech units <-> waveform. `load_codec` opens either of two codecs.
 
 Why: the speech LM does not write sound, it writes units: 25 integers a second out of 6561. A codec turns the
 assistant's recorded speech into units once, for training (`encode`), and units back into sound at every reply
 (`decode`, `stream`). LLaMA-Omni 2 takes CosyVoice 2's: a tokenizer that is a speech recogniser with a finite scalar
 quantizer (FSQ) inside, then flow matching and a vocoder.
 
-How: `NanoCodec` is the same idea at 3 MB for one voice. Its tokenizer learns to name phonemes through the FSQ
-bottleneck, so the same word gives nearly the same units; its decoder predicts what HiFT, CosyVoice 2's vocoder,
-predicts too: a pitch, a filter for a pulse train at that pitch, and a filter for noise.
+How: `CosyVoice2`, the second half of this file, is that one, and reads the released weights. `NanoCodec` is the same
+idea at 3 MB for one voice. Its tokenizer learns to name phonemes through the FSQ bottleneck, so the same word gives
+nearly the same units; its decoder predicts what HiFT, CosyVoice 2's vocoder, predicts too: a pitch, a filter for a pulse
+train at that pitch, and a filter for noise.
 
     wav 16 kHz -> log-mel 100 Hz -> 4x convolution -> FSQ -> units 25 Hz -> frames 100 Hz -> wav 16 kHz
 """
@@ -263,28 +264,16 @@ class EncoderLayer(nn.Module):
         self.self_attn.pos_bias_u, self.self_attn.pos_bias_v = (nn.Parameter(torch.zeros(heads, dim // heads)) for _ in "uv")
         self.feed_forward = nn.ModuleDict({"w_1": nn.Linear(dim, ffn), "w_2": nn.Linear(ffn, dim)})
 
-    def distances(self, n, K, state):
-        """Projected sinusoids of the distances -(n - 1) .. K - 1 between query and key -> (H, n + K - 1, d)."""
-        reach, table = (state or {}).get((self, "distances"), (-1, None))
-        if reach < K - 1:                                 # K >= n; twice as far each time, so that it is done seldom
-            reach, dim = max(K - 1, 2 * reach), self.norm_mha.normalized_shape[0]
-            device = self.norm_mha.weight.device
-            angle = torch.arange(-reach, reach + 1.0, device=device)[:, None] * torch.exp(
-                torch.arange(0, dim, 2, device=device) * (-math.log(10000) / dim))
-            table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)            # sin, cos, sin, cos, ...
-            table = self.self_attn["linear_pos"](table).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-            if state is not None:
-                state[self, "distances"] = reach, table
-        return table[:, reach - (n - 1):reach + K]
-
     def forward(self, x, mask, keep, state):
-        att, y, n = self.self_attn, self.norm_mha(x), x.shape[1]
+        att, y, n, K = self.self_attn, self.norm_mha(x), x.shape[1], mask.shape[-1]
         q, k, v = (att[f"linear_{name}"](y).unflatten(-1, (self.heads, -1)) for name in "qkv")   # (B, n, H, d)
         k, v = remember(state, self, k.transpose(1, 2), v.transpose(1, 2), keep)                 # (B, H, K, d)
-        K = k.shape[2]
-        place = (q + att.pos_bias_v).transpose(1, 2) @ self.distances(n, K, state).mT           # (B, H, n, n + K - 1)
-        i, j = torch.arange(n, device=x.device)[:, None], torch.arange(K, device=x.device)
-        place = place.gather(-1, (K - 1 + i - j).expand(*place.shape[:3], K))                    # distance of i from j
+        angle = torch.arange(1 - n, K, device=x.device)[:, None] * torch.exp(                    # by distance back
+            torch.arange(0, x.shape[2], 2, device=x.device) * (-math.log(10000) / x.shape[2]))
+        table = att["linear_pos"](torch.stack([angle.sin(), angle.cos()], -1).flatten(1)).unflatten(-1, (self.heads, -1))
+        place = (q + att.pos_bias_v).transpose(1, 2) @ table.permute(1, 2, 0)                    # (B, H, n, n + K - 1)
+        i, j = torch.arange(n, device=x.device)[:, None], torch.arange(K, device=x.device)       # query i is key K - n + i
+        place = place.gather(-1, (K - 1 + i - j).expand(*place.shape[:3], K))                    # (B, H, n, K)
         y = F.scaled_dot_product_attention((q + att.pos_bias_u).transpose(1, 2), k, v, place / math.sqrt(q.shape[-1]) + mask)
         x = x + att["linear_out"](y.transpose(1, 2).flatten(2))
         return x + self.feed_forward["w_2"](F.silu(self.feed_forward["w_1"](self.norm_ff(x))))
@@ -410,11 +399,12 @@ class Estimator(nn.Module):
 class Flow(nn.Module):
     """Units -> mel by conditional flow matching (CosyVoice 2, arXiv 2412.10117, section 2.4).
 
-    chunk  units that see each other and the past only; 0: every unit sees the whole reply, which cannot stream
-    past   units of the past that attention sees, rounded down to whole chunks. The official code sees all: with 10 Euler
-           steps and the released sizes each second seen costs 230 MB of float32 keys and values while streaming."""
+    chunk  units that see each other and the past only; 0: every unit sees the whole reply, which cannot stream. By default
+           the first burst of 10 units, less the look-ahead, is the first chunk
+    past   units before its chunk that a unit sees, in whole chunks; in the official code all. At the released sizes a stream
+           holds 230 MB of keys and values per second of it; with 80 units chunk 50 takes 1.15 times as long as chunk 2"""
 
-    def __init__(self, w, head_dim=64, chunk=10, past=100):
+    def __init__(self, w, head_dim=64, chunk=7, past=80):
         super().__init__()
         self.chunk, self.past = chunk, past
         self.input_embedding = nn.Embedding(*w["input_embedding.weight"].shape)
@@ -509,7 +499,7 @@ class HiFT(nn.Module):
     HiFi-GAN that shapes it, the inverse STFT (HiFTNet, Li et al. 2023)."""
 
     rate, n_fft, hop, frame = 24000, 16, 4, 480           # Hz; STFT window and hop, samples; samples per mel frame
-    reach = 16                                            # mel frames to either side that a sample depends on, at most
+    reach = 14                                            # mel frames to either side that a sample depends on (13.2)
 
     def __init__(self, w):
         super().__init__()
@@ -572,14 +562,15 @@ class HiFT(nn.Module):
 
 @lru_cache
 def onnx_session(path):
-    """A network of the released folder that is kept as ONNX. Raises FileNotFoundError, or RuntimeError without onnxruntime."""
+    """A network that the released folder holds as ONNX. Raises FileNotFoundError, or RuntimeError without onnxruntime."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}")
     try:
         import onnxruntime
     except ImportError:
         raise RuntimeError(f"{path} needs onnxruntime: pip install onnxruntime") from None
-    return onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    here = onnxruntime.get_available_providers()
+    return onnxruntime.InferenceSession(path, providers=[p for p in here if p[:3] in ("CUD", "CPU")])
 
 
 def fbank(wav):
@@ -587,7 +578,7 @@ def fbank(wav):
     try:
         import kaldi_native_fbank
     except ImportError:
-        raise RuntimeError("a speaker's vector from a clip needs kaldi-native-fbank: pip install kaldi-native-fbank") from None
+        raise RuntimeError("a voice from a clip needs kaldi-native-fbank: pip install kaldi-native-fbank") from None
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.dither, options.mel_opts.num_bins = 0, 80
     computer = kaldi_native_fbank.OnlineFbank(options)
@@ -598,8 +589,8 @@ def fbank(wav):
 
 
 def read_voice(folder, voice=None):
-    """The speaker's vector (1, 192) that the flow is told. voice: a .npy or .pt file of it, an audio file (the vector is
-    then computed from it by campplus.onnx), the name of a voice in the folder's spk2info.pt, or None: the first there.
+    """The speaker's vector (1, 192) that the flow is told. voice: a .npy or .pt file of it, an audio file (campplus.onnx then
+    computes it), the name of a voice in the folder's spk2info.pt, or None: the first there.
     Raises FileNotFoundError, or ValueError that says what was found instead."""
     path = os.path.join(folder, "spk2info.pt") if voice is None or not os.path.exists(voice) else voice
     if not os.path.exists(path):
@@ -614,7 +605,8 @@ def read_voice(folder, voice=None):
                 raise ValueError(f"{path} has no voice {voice!r}; it has {', '.join(x)}")
             x = x[name]["embedding"]
     else:
-        wav = torch.from_numpy(whisper.load_audio(path))
+        from data import read_audio                       # here, because data.py imports this file
+        wav = read_audio(path)
         session = onnx_session(os.path.join(folder, "campplus.onnx"))
         x = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: fbank(wav)[None].numpy()})[0])
     if x.numel() != 192:
@@ -627,7 +619,8 @@ class CosyVoice2(nn.Module):
     never trained here. The interface is NanoCodec's; its sound has another rate."""
 
     sample_rate = HiFT.rate                               # Hz
-    overlap = 8                                           # mel frames (160 ms) that are rendered again with what follows
+    overlap, fade = 8, 3                                  # mel frames (20 ms) that wait for what follows, to be rendered again;
+                                                          # frames to fade over: pitch, 5 frames ahead, is the same in those
 
     def __init__(self, folder, flow, hift, voice):
         super().__init__()
@@ -644,17 +637,17 @@ class CosyVoice2(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav):
-        """wav (samples,) at 16 kHz -> units (U,), U = ceil(seconds * 25). Clips over 30 s, the tokenizer's limit, are cut
+        """wav (samples,) at 16 kHz -> units (U,), one for each 40 ms begun. Clips over 30 s, the tokenizer's limit, are cut
         into pieces of 30 s that share 4 s with the next; of those, each piece gives 2 s."""
         session = onnx_session(os.path.join(self.folder, "speech_tokenizer_v2.onnx"))
         feats, length = (x.name for x in session.get_inputs())
         mel = whisper.log_mel_spectrogram(wav.cpu().float(), 128)                          # (128, T) 100 Hz
-        window, shared, units = 3000, 400, []                                              # frames of 100 Hz
+        window, shared, half, units = 3000, 400, 50, []                                    # 100 Hz, 100 Hz, 25 Hz
         for start in range(0, max(1, mel.shape[1] - shared), window - shared):
             piece = mel[None, :, start:start + window].contiguous()
             got = session.run(None, {feats: piece.numpy(), length: numpy.array([piece.shape[2]], numpy.int32)})[0].reshape(-1)
             more = start + window < mel.shape[1]
-            units.append(torch.from_numpy(got)[shared // 8 * (start > 0):len(got) - shared // 8 * more].long())
+            units.append(torch.from_numpy(got)[half * (start > 0):len(got) - half * more].long())
         return torch.cat(units)
 
     def advance(self, state, units, final):
@@ -671,8 +664,8 @@ class CosyVoice2(nn.Module):
 
     def sound(self, state, mel, final):
         """One reply's next mel frames (1, 80, n >= 0) -> the samples (m,) that are now certain. HiFT looks both ways: it
-        runs again over `reach` frames of the past, and the last `overlap` frames wait for what follows, to be faded into
-        their second rendering. Pitch and phase go on where they were."""
+        runs again over `reach` frames of the past, and the last `overlap` frames wait for what follows: the first `fade` of
+        them pass from this rendering to the next. Pitch and phase go on where they were."""
         start, sent, cycles, f0 = state.get("sound", (0, 0, 0.0, mel.new_zeros(1, 0)))     # frames `start` .. are in `mel`
         mel = torch.cat([state["mel"], mel], -1) if "mel" in state else mel
         end = start + mel.shape[-1]
@@ -688,7 +681,7 @@ class CosyVoice2(nn.Module):
         again = max(0, stop - self.hift.reach)
         cycles = (cycles + f0[0, :again - start].double().sum().item() * HiFT.frame / HiFT.rate) % 1
         state["sound"] = again, stop, cycles, f0[:, again - start:stop - start]
-        state["mel"], state["held"] = mel[..., again - start:], wav[(stop - sent) * HiFT.frame:]
+        state["mel"], state["held"] = mel[..., again - start:], wav[(stop - sent) * HiFT.frame:][:self.fade * HiFT.frame]
         return wav[:(stop - sent) * HiFT.frame]
 
     @torch.no_grad()
