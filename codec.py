@@ -211,9 +211,10 @@ class Weights(dict):
                          for name, x in torch.load(path, map_location="cpu", weights_only=True).items())
         for g, v in ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1")):
             for name in [n.removesuffix(v) for n in self if n.endswith(v)]:
-                x = self.pop(name + v)
-                self[name + ".weight"] = self[name + g] * x / x.norm(dim=(1, 2), keepdim=True)
-                del self[name + g]
+                x, scale = self.pop(name + v), self[name + g]
+                if scale.shape != (len(x), 1, 1):
+                    raise RuntimeError(f"{path}: tensor {name}{g} has shape {tuple(scale.shape)}, due is {(len(x), 1, 1)}")
+                self[name + ".weight"] = self.pop(name + g) * x / x.norm(dim=(1, 2), keepdim=True)
 
     def __missing__(self, name):
         raise RuntimeError(f"{self.path} lacks the tensor {name}")
@@ -223,12 +224,13 @@ class Weights(dict):
         return 1 + max((int(n.removeprefix(prefix).split(".")[0]) for n in self if n.startswith(prefix)), default=-1)
 
     def into(self, module):
-        """Load completely, or raise a RuntimeError that names the tensors that are amiss."""
-        try:
-            module.load_state_dict(self)
-        except RuntimeError as e:
-            raise RuntimeError(f"{self.path}: {e}") from None
-        return module.eval().requires_grad_(False)
+        """Load completely, or raise a RuntimeError that names the first tensor that is amiss."""
+        have, due = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (self, module.state_dict()))
+        for name in due | have:
+            if have.get(name) != due.get(name):
+                raise RuntimeError(f"{self.path}: tensor {name} has shape {have.get(name)}, due is {due.get(name)}")
+        module.load_state_dict(self)
+        return module.requires_grad_(False)
 
 
 class CausalConv(nn.Conv1d):
