@@ -571,8 +571,8 @@ def onnx_session(path):
         import onnxruntime
     except ImportError:
         raise RuntimeError(f"{path} needs onnxruntime: pip install onnxruntime") from None
-    here = onnxruntime.get_available_providers()
-    return onnxruntime.InferenceSession(path, providers=[p for p in here if p[:3] in ("CUD", "CPU")])
+    use = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in onnxruntime.get_available_providers()]
+    return onnxruntime.InferenceSession(path, providers=use)
 
 
 def fbank(wav):
@@ -621,8 +621,8 @@ class CosyVoice2(nn.Module):
     never trained here. The interface is NanoCodec's; its sound has another rate."""
 
     sample_rate = HiFT.rate                               # Hz
-    overlap, fade = 8, 3                                  # mel frames (20 ms) that wait for what follows, to be rendered again;
-                                                          # frames to fade over: pitch, 5 frames ahead, is the same in those
+    overlap = 8                                           # mel frames (20 ms) that wait for what follows, as in the official code
+    fade = 3                                              # of those fade: pitch looks 5 ahead, in these it is final
 
     def __init__(self, folder, flow, hift, voice):
         super().__init__()
