@@ -164,7 +164,7 @@ def picture(path, runs, turn, question, reply, rate):
 def main():
     cfg = configure(EvalConfig)
     from codec import NanoCodec
-    from data import load_corpus, read_wav
+    from data import clips, load_corpus
     from model import Omni, log_mel
     from sample import SampleConfig, answer
     torch.manual_seed(cfg.seed)
@@ -182,8 +182,8 @@ def main():
 
     turns = []
     for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
-        clips = [torch.from_numpy(read_wav(a)) for a in row["speech"]]
-        mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in clips]
+        questions = clips(row)
+        mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in questions]
         said = []                                     # the conversation goes on from what the model said itself
         for t in range(len(mels)):
             text, wav, notes, (first_text, first_audio, seconds) = answer(omni, tokenizer, codec, mels[:t + 1], said, how)
@@ -193,7 +193,7 @@ def main():
                           "wav": wav, "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
             if d < cfg.keep:
                 turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{row['id']}-{t + 1}-{n}.wav" for n in ("question", "reply"))
-                soundfile.write(turns[-1]["question_file"], clips[t].numpy(), 16000)
+                soundfile.write(turns[-1]["question_file"], questions[t].numpy(), 16000)
                 if codec:
                     soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate)
     share = lambda hits: 100 * sum(hits) / max(1, len(hits))
