@@ -199,7 +199,7 @@ def gallery(folder, turns):
 def main():
     cfg = configure(EvalConfig)
     from codec import NanoCodec
-    from data import load_corpus, read_wav
+    from data import clips, load_corpus
     from model import Omni, log_mel
     from sample import SampleConfig, answer
     torch.manual_seed(cfg.seed)
@@ -219,8 +219,8 @@ def main():
 
     turns = []
     for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
-        clips = [torch.from_numpy(read_wav(a)) for a in row["speech"]]
-        mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in clips]
+        questions = clips(row)
+        mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in questions]
         said = []                                     # the conversation goes on from what the model said itself
         for t in range(len(mels)):
             text, wav, notes, (first_text, first_audio, seconds) = answer(omni, tokenizer, codec, mels[:t + 1], said, how)
@@ -230,7 +230,7 @@ def main():
                           "wav": wav, "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
             if d < cfg.keep:
                 turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{row['id']}-{t + 1}-{n}.ogg" for n in ("question", "reply"))
-                soundfile.write(turns[-1]["question_file"], clips[t].numpy(), 16000, subtype="OPUS")
+                soundfile.write(turns[-1]["question_file"], questions[t].numpy(), 16000, subtype="OPUS")
                 if codec:
                     soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate, subtype="OPUS")
     share = lambda hits: 100 * sum(hits) / max(1, len(hits))

@@ -34,7 +34,8 @@ from whisper.model import AudioEncoder, LayerNorm
 SAMPLE_RATE = 16000           # Hz, of the speech that goes in
 UNIT_VOCAB = 6561             # speech units: 3 ** 8 codes
 DOWNSAMPLE = 5                # encoder frames in one LLM position: 50 Hz -> 10 Hz
-MIN_SECONDS, MAX_SECONDS = 0.1, 30.0   # a clip gives at least one LLM position and at most Whisper's 1500 frames
+WINDOW = 3000                 # log-mel frames that Whisper hears at once: 30 s, 300 LLM positions
+MIN_SECONDS, MAX_SECONDS = 0.1, 600.0  # a clip gives from 1 to 6,000 LLM positions, of which Qwen2.5 has 32,768
 SPEECH = -200                 # input id at a position that holds speech instead of a token
 IGNORE = -100                 # label of a position without loss
 STAGES = {                    # what each stage trains, by prefix of the parameter's name
@@ -97,19 +98,21 @@ def speech_sequence(tokens, units, sep, unit_offset, eos, R, W):
 # ------------------------------------------------------------------------------------------------- the parts
 
 def log_mel(wav, n_mels, pad=False):
-    """wav (samples,) 16 kHz -> (n_mels, frames) at 100 Hz. `pad`: to 30 s first, as the official front end does.
+    """wav (samples,) 16 kHz -> (n_mels, frames) at 100 Hz. `pad`: to a multiple of 30 s first; the official front
+    end pads to 30 s.
 
-    Raises ValueError for a clip that is shorter than 0.1 s or longer than 30 s.
+    Raises ValueError for a clip that is shorter than 0.1 s or longer than 10 minutes.
     """
     seconds = len(wav) / SAMPLE_RATE
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise ValueError(f"a clip of {seconds:.2f} s; it must last from {MIN_SECONDS} to {MAX_SECONDS:.0f} s")
-    return whisper.log_mel_spectrogram(whisper.pad_or_trim(wav) if pad else wav, n_mels)
+    return whisper.log_mel_spectrogram(F.pad(wav, (0, -len(wav) % (WINDOW * SAMPLE_RATE // 100))) if pad else wav, n_mels)
 
 
 def speech_positions(frames):
-    """How many LLM positions a clip of log-mel frames (int or tensor) takes: 100 Hz -> 50 Hz -> 10 Hz."""
-    return (frames + 1) // 2 // DOWNSAMPLE
+    """How many LLM positions a clip of log-mel frames takes: 100 Hz -> 50 Hz -> 10 Hz, window by window, as `embed_speech`
+    hears it."""
+    return frames // WINDOW * (WINDOW // 2 // DOWNSAMPLE) + (frames % WINDOW + 1) // 2 // DOWNSAMPLE
 
 
 class SpeechEncoder(AudioEncoder):
@@ -238,14 +241,19 @@ class Omni(nn.Module):
     # ---- training
 
     def embed_speech(self, mel, frames):
-        """mel (C, n_mels, T), frames (C,) -> the clips' LLM positions one after the other, (sum of positions, H)."""
-        out = [None] * len(frames)
-        for group in frames.argsort().split(16):               # clips of similar length together: little padding
-            n = frames[group]
+        """mel (C, n_mels, T), frames (C,) -> the clips' LLM positions one after the other, (sum of positions, H).
+
+        Whisper hears 30 s at once: a longer clip is cut into windows, each is heard and adapted by itself, and the last
+        one keeps its own length."""
+        windows = [mel[i, :, at:min(at + WINDOW, n)] for i, n in enumerate(frames.tolist()) for at in range(0, n, WINDOW)]
+        lengths = torch.tensor([w.shape[-1] for w in windows])
+        out = [None] * len(windows)
+        for group in lengths.argsort().split(16):              # windows of similar length together: little padding
+            x = pad_sequence([windows[i].T for i in group], batch_first=True).transpose(1, 2)
             with torch.no_grad():                              # frozen in every stage
-                x = self.model.speech_encoder(mel[group, :, : int(n.max())], n)
+                x = self.model.speech_encoder(x, lengths[group].to(x.device))
             x = self.model.speech_projector(x)                 # (16, T / 10, H)
-            for i, row, positions in zip(group.tolist(), x, speech_positions(n).tolist()):
+            for i, row, positions in zip(group.tolist(), x, speech_positions(lengths[group]).tolist()):
                 out[i] = row[:positions]
         return torch.cat(out)
 

@@ -20,7 +20,7 @@ import torch
 
 from codec import NanoCodec
 from configure import configure, fail
-from data import chat_ids, load_corpus, read_audio, read_wav
+from data import chat_ids, clips, load_corpus, read_audio
 from model import Omni, log_mel
 
 
@@ -34,7 +34,7 @@ class SampleConfig:
     text: bool = False                 # text alone, no speech
     play: bool = False                 # play it as it is made (needs the package sounddevice)
     codec: str = "tiny/codec.pt"       # units -> waveform
-    pad_audio: bool = False            # pad every question to 30 s, as the official front end does
+    pad_audio: bool = False            # pad every question to a multiple of 30 s; the official front end pads to 30 s
     max_tokens: int = 128              # longest text
     max_units: int = 1024              # longest speech, in units of 40 ms
     temperature: float = 0.3           # of the units; 0 takes the likeliest. The paper samples at 1.0
@@ -107,7 +107,7 @@ def main():
             if not 0 <= cfg.index < len(rows):
                 fail(f"--index {cfg.index}: the test split has dialogues 0 to {len(rows) - 1}")
             row = rows[cfg.index]
-            questions = [torch.from_numpy(read_wav(a)) for a in row["speech"]]
+            questions = clips(row)
             asked = [f"{text}   (voice {row['voice']})" for text in row["users"]]
         omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
         codec = None if cfg.text else NanoCodec.load(cfg.codec).to(device)

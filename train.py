@@ -46,7 +46,7 @@ class TrainConfig:
     read: int = 3                      # R: rows of text that the speech LM reads ...
     write: int = 10                    # W: ... before it writes so many units
     fusion: str = "gate"               # of stage 2; for the ablation: text (without the LLM's states) or hidden (they alone)
-    pad_audio: bool = False            # pad every clip to 30 s, as the official front end does
+    pad_audio: bool = False            # pad every clip to a multiple of 30 s; the official front end pads to 30 s
     batch_size: int = 32               # dialogues per optimizer step, over all processes
     micro_batch: int = 32              # dialogues that one process handles at once; the rest is accumulated
     epochs: float = 3.0                # passes over the corpus

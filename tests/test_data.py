@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CHECKPOINT, dialogue
+from conftest import CHECKPOINT
 from safetensors.torch import load_file
 
 from codec import FSQ, NanoCodec
-from data import read_audio, read_wav, reason_to_leave_out, wav_bytes
+from data import read_audio, read_wav, wav_bytes
 from model import expand_speech, log_mel, speech_positions
 from tiny import world
 
@@ -49,7 +49,7 @@ ABUSE = {  # what is wrong, how the file comes to be, a fragment of the refusal
     "NaN": (lambda p: spoilt(p, np.nan), "no numbers"),
     "infinite": (lambda p: spoilt(p, -np.inf), "no numbers"),
     "0.05 s": (lambda p: soundfile.write(p, tone(0.05), 16000), "0.05 s"),
-    "31 s": (lambda p: soundfile.write(p, tone(31), 16000), "31.00 s"),
+    "601 s": (lambda p: soundfile.write(p, tone(601, 8000), 8000), "601.00 s"),
     "1000 Hz": (lambda p: soundfile.write(p, tone(1, 1000), 1000), "1000 Hz"),
     "a directory": (lambda p: p.mkdir(), ""),
 }
@@ -66,7 +66,7 @@ def test_read_audio_abuse(tmp_path, what):
     assert str(refusal.value).startswith(f"{path}: ") and fragment in str(refusal.value)
 
 
-@pytest.mark.parametrize("seconds, rate", [(0.1, 16000), (30, 16000), (30, 44100), (0.1, 44100), (0.1, 22050), (30, 48000)])
+@pytest.mark.parametrize("seconds, rate", [(0.1, 16000), (0.1, 44100), (0.1, 22050), (30, 48000), (70, 44100), (600, 16000)])
 def test_read_audio_at_its_limits(tmp_path, seconds, rate):
     """The shortest and the longest clip pass, at any rate, and become whole LLM positions."""
     path = str(tmp_path / "a.wav")
@@ -114,27 +114,6 @@ def test_wav_bytes_round_trip():
     assert again.shape == wav.shape and again.dtype == np.float32 and np.abs(again - wav).max() <= 1.01 / 32768
     loud = read_wav({"bytes": wav_bytes(np.array([1.5, -1.5]))})
     assert loud[0] > 0.999 and loud[1] == -1
-
-
-GOOD = dialogue([1.0, 0.5], ["Yes.", "No."], [30, 20])
-LEFT_OUT = [  # a column, its bad value, a fragment of the reason
-    ("users", ["Hello.", " "], "empty text"),
-    ("replies", ["Yes.", ""], "empty text"),
-    ("replies", ["Yes.<|im_end|>", "No."], "special token"),
-    ("users", ["Hello.", "Say <speech>."], "special token"),
-    ("speech", dialogue([1.0, 0.05], [], [])["speech"], "shorter"),
-    ("speech", dialogue([30.5, 1.0], [], [])["speech"], "longer"),
-    ("units", [[5], []], "no units"),
-    ("units", [[5], [6561]], "outside 0 .. 6560"),
-    ("units", [[-1], [5]], "outside 0 .. 6560"),
-]
-
-
-@pytest.mark.parametrize("column, value, fragment", LEFT_OUT)
-def test_reason_to_leave_out(column, value, fragment):
-    """Each kind of row that cannot be trained on is left out, for its own reason, and a good one stays."""
-    assert reason_to_leave_out(GOOD) is None
-    assert fragment in reason_to_leave_out(GOOD | {column: value})
 
 
 def test_splits_share_no_question_and_no_voice():

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import CHECKPOINT, ROWS, load
+from conftest import CHECKPOINT, ROWS, dialogue, load
 from safetensors.torch import load_file, save_file
 
 import model
 from data import Dialogues, chat_ids, collate
-from model import IGNORE, SPEECH, STAGES, Omni, log_mel, sample
+from model import IGNORE, SPEECH, STAGES, Omni, expand_speech, log_mel, sample, speech_positions
 
 
 def noise_mel(omni, seconds, seed=0):
@@ -67,6 +67,41 @@ def test_encoder_ignores_the_padding_of_a_batch(tiny):
         alone = encoder(mel[None], frames[i:i + 1])[0]
         assert len(alone) == math.ceil(mel.shape[1] / 2)
         torch.testing.assert_close(together[i, :len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_long_clips_are_heard_in_windows(tiny):
+    """70 s are the positions of 30 + 30 + 10 s, each piece heard alone, also beside other clips; the layout counts as many
+    positions as there are, whatever a clip's length."""
+    omni = tiny[0]
+    mels = [noise_mel(omni, s, seed) for seed, s in enumerate((70, 1.37, 30, 30.09))]
+    frames = torch.tensor([m.shape[1] for m in mels])
+    together = omni.embed_speech(torch.nn.utils.rnn.pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2), frames)
+    pieces = [piece for mel in mels for piece in mel.split(3000, dim=1)]
+    assert [p.shape[1] for p in pieces] == [3000, 3000, 1000, 137, 3000, 3000, 9]
+    alone = [omni.embed_speech(p[None], torch.tensor([p.shape[1]])) for p in pieces]
+    assert [len(x) for x in alone] == [300, 300, 100, 13, 300, 300, 1] and len(together) == 1314
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert speech_positions(frames).tolist() == [700, 13, 300, 301] and expand_speech([SPEECH], [7000]) == [SPEECH] * 700
+    for n in (10, 2999, 3000, 3001, 3010, 5999, 6000, 6011, 60000):
+        assert speech_positions(n) == sum((min(3000, n - at) + 1) // 2 // 5 for at in range(0, n, 3000))
+    assert [log_mel(torch.zeros(16000 * s) + 0.1, 80, pad=True).shape[1] for s in (1, 30, 31, 70)] == [3000, 3000, 6000, 9000]
+
+
+@torch.no_grad()
+def test_training_and_streaming_hear_a_long_clip_alike(tiny):
+    """The LLM is fed the same embeddings, position for position, by forward() and by generate()."""
+    omni, tokenizer, tts_tokenizer = tiny
+    row = dialogue([65.3, 0.9], ["Yes.", "Two."], [20, 12])
+    item = Dialogues([row], tokenizer, tts_tokenizer, omni.model.speech_encoder.n_mels, omni.R, omni.W)[0]
+    fed = []
+    hook = omni.model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    omni(collate([item]), "stage1")
+    list(omni.generate(chat_ids(tokenizer, row["replies"][:1]), item["mels"], speak=False, max_tokens=1))
+    hook.remove()
+    trained, streamed = fed
+    assert item["ids"].count(SPEECH) == 300 + 300 + 53 + 9 and streamed.shape[1] > 662
+    torch.testing.assert_close(streamed, trained[:, :streamed.shape[1]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
