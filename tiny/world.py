@@ -214,10 +214,12 @@ def dialogue(rng, split):
             topic = recalling
         else:
             topic = rng.choices(list(TOPICS), TOPICS.values())[0]
-        before = dict(memory)
+        before, tries = dict(memory), 0
         user, assistant, answer = topic(rng, memory)
         while topic not in (recalling, manners) and split_of(user) != split:
-            memory = dict(before)                     # a sentence of another split: draw again
+            memory, tries = dict(before), tries + 1   # a sentence of another split: draw again
+            if tries % 500 == 0:                      # this split has none of the topic: another one
+                topic = rng.choices(list(TOPICS), TOPICS.values())[0]
             user, assistant, answer = topic(rng, memory)
         turns.append({"topic": topic.__name__, "user": user, "assistant": assistant, "answer": answer})
     return turns
