@@ -52,7 +52,7 @@ import torch
 from datasets import Audio, Features, List, Value, load_from_disk
 from torch.nn.utils.rnn import pad_sequence
 
-from codec import UNIT_RATE, UNIT_VOCAB, NanoCodec
+from codec import UNIT_RATE, UNIT_VOCAB, load_codec
 from configure import configure, did_you_mean, fail
 from model import IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, SPEECH, expand_speech, log_mel, speech_sequence
 from tiny.world import ASSISTANT, SPLITS, dialogue, draw_voice, speak
@@ -79,7 +79,7 @@ class DataConfig:
     train: int = 20000                 # tiny: dialogues for training
     validation: int = 200              # tiny: dialogues for the loss and the figures during training
     test: int = 400                    # tiny: dialogues for eval.py: other sentences, other voices
-    codec: str = "tiny/codec.pt"       # the codec that makes the units; instructs2s needs none
+    codec: str = "tiny/codec.pt"       # what makes the units: a file, or CosyVoice 2's folder; instructs2s needs none
     shard: int = 500                   # dialogues between two savings: what a killed process loses
     processes: int = os.cpu_count()    # how many work at once on this machine
     seed: int = 1337                   # of the dialogues and the voices
@@ -404,7 +404,7 @@ def work(cfg, processes, process):
     """One of the processes of this rank: read the source from its beginning, and write the shards that are this process's
     and not there yet. Returns how many shards there are in all."""
     torch.set_num_threads(1)                          # one of several processes
-    codec = None if cfg.source == "instructs2s" else NanoCodec.load(cfg.codec)
+    codec = None if cfg.source == "instructs2s" else load_codec(cfg.codec)
     number = -1
     for number, numbered in itertools.groupby(enumerate(records(cfg)), lambda x: x[0] // cfg.shard):
         if number % WORLD == RANK and number // WORLD % processes == process and not os.path.exists(marker(cfg, number)):
@@ -463,7 +463,8 @@ def claim(cfg):
     for key in ("path", "codec"):                     # it is the content that counts
         if cfg.source != ("tiny" if key == "path" else "instructs2s"):
             try:
-                with open(getattr(cfg, key), "rb") as f:
+                name = getattr(cfg, key)              # of CosyVoice 2, a folder, the tokenizer makes the units
+                with open(os.path.join(name, "speech_tokenizer_v2.onnx") if os.path.isdir(name) else name, "rb") as f:
                     settings[f"{key}_sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
             except OSError as e:
                 mend = {"codec": "run `python tiny/backbones.py` first, it trains one", "path": "give the file of the dialogues"}

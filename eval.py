@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import accelerate
+import librosa
 import numpy as np
 import soundfile
 import torch
@@ -128,7 +129,8 @@ class EvalConfig:
     corpus: str = "corpus/tiny"        # its test split is asked
     split: str = "test"                # or validation, while something is still being tuned
     dialogues: int = 200               # how many
-    codec: str = "tiny/codec.pt"       # units -> waveform
+    codec: str = "tiny/codec.pt"       # units -> waveform: a file, or CosyVoice 2's folder
+    voice: str | None = None           # CosyVoice 2: whose voice, see sample.py
     llm: str = "tiny/qwen2"            # the text model that training started from
     out: str = "out/tiny_eval"         # folder for eval.json, the gallery and the picture
     runs: tuple[str, ...] = ()         # the runs of the three stages: draw their losses and a reply into demo.png
@@ -142,7 +144,6 @@ class EvalConfig:
 
 def picture(path, runs, turn, question, reply, rate):
     """One PNG: the losses of the runs, and the log-mels of a question and of its reply with the texts under them."""
-    import librosa
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -198,7 +199,7 @@ def gallery(folder, turns):
 
 def main():
     cfg = configure(EvalConfig)
-    from codec import NanoCodec
+    from codec import load_codec
     from data import clips, load_corpus
     from model import Omni, log_mel
     from sample import SampleConfig, answer
@@ -208,7 +209,7 @@ def main():
     rows = rows.select(range(min(cfg.dialogues, len(rows))))
     try:
         omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
-        codec = None if cfg.text else NanoCodec.load(cfg.codec).to(device)
+        codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     omni.eval().to(device)
@@ -244,7 +245,8 @@ def main():
         print(f"{topic:14}{n:7}{share([t['text'] == t['reference'] for t in turns if t['topic'] == topic]):9.1f}")
     if codec:
         texts = [t["text"] for t in turns]
-        spoken, original = [t["wav"] for t in turns], speak_all([t if t.strip() else "no" for t in texts])
+        spoken = [librosa.resample(t["wav"], orig_sr=codec.sample_rate, target_sr=16000) for t in turns]
+        original = speak_all([t if t.strip() else "no" for t in texts])
         replies = [r for row in load_corpus(cfg.corpus, "train")["replies"] for r in row]
         known = set(replies)
         result["new_replies"] = sum(t not in known for t in texts)      # said in no dialogue of training
@@ -262,7 +264,7 @@ def main():
                 result[f"wer_{name}_excess_new_replies"] = 100 * (word_error_rate(said, h) - word_error_rate(said, o))
             for t, h in zip(turns, heard):
                 t[f"heard_{name}"] = h
-        result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / codec.sample_rate)
+        result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / 16000)
         result["first_audio_ms"] = 1000 * float(np.median([t["first_audio"] for t in turns if t["first_audio"]]))
         if gate:
             g = torch.stack(gate).float()

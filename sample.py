@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import torch
 
-from codec import NanoCodec
+from codec import load_codec
 from configure import configure, fail
 from data import chat_ids, clips, load_corpus, read_audio
 from model import Omni, log_mel
@@ -33,7 +33,8 @@ class SampleConfig:
     out: str = "reply.wav"             # the spoken reply; with several turns reply-1.wav, reply-2.wav, ...
     text: bool = False                 # text alone, no speech
     play: bool = False                 # play it as it is made (needs the package sounddevice)
-    codec: str = "tiny/codec.pt"       # units -> waveform
+    codec: str = "tiny/codec.pt"       # units -> waveform: a file, or a folder like ICTNLP/cosy2_decoder
+    voice: str | None = None           # CosyVoice 2: a .npy or .pt of the speaker, a clip of him, or a name in spk2info.pt
     pad_audio: bool = False            # pad every question to a multiple of 30 s; the official front end pads to 30 s
     max_tokens: int = 128              # longest text
     max_units: int = 1024              # longest speech, in units of 40 ms
@@ -110,7 +111,7 @@ def main():
             questions = clips(row)
             asked = [f"{text}   (voice {row['voice']})" for text in row["users"]]
         omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
-        codec = None if cfg.text else NanoCodec.load(cfg.codec).to(device)
+        codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
         mels = [log_mel(q, omni.model.speech_encoder.n_mels, cfg.pad_audio) for q in questions]
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
