@@ -18,7 +18,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
-pip install --quiet --disable-pip-version-check onnxruntime==1.31.1 kaldi-native-fbank==1.22.5
 GPUS=${GPUS:-$(python -c "import torch; print(max(1, torch.cuda.device_count()))")}
 LIMIT=${LIMIT:-0}
 launch() { accelerate launch --num_processes "$GPUS" --mixed_precision no --dynamo_backend no "$@"; }
