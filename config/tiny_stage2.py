@@ -1,6 +1,6 @@
 """
 Stage 2, embedded world: speech -> speech. Gate fusion and the speech LM learn to speak from the LLM's states too.
-210 s on 2 cores (AMD EPYC, Zen 5): loss 3.0 -> 0.38, validation 0.38, 90 % of the units guessed.
+253 s on 2 cores (AMD EPYC, Zen 5): loss 0.1 -> 0.08, validation 0.10, 97 % of the units guessed.
 """
 stage = "stage2"
 init_from = "out/tiny_stage1_tts"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a blank machine to a chatbot that talks back: `bash runs/demo.sh`. It starts from the backbones in tiny/, as the
-# real sizes start from downloads; `bash runs/demo.sh --from-scratch` grows them here too, which takes LONGER more.
+# real sizes start from downloads; `bash runs/demo.sh --from-scratch` grows them here too, which takes some 40 minutes more.
 #
 # It needs Linux, Python 3.11, two CPU cores, 8 GB of memory and 8 GB of disk; no GPU, no root and no model hub. Each
 # step says why it is there and how long it took. A step that is done is not done again, so a run that was stopped
