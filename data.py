@@ -16,8 +16,8 @@ say how the input looks. Dialogues are read one at a time and written in shards,
 thousand of them take depends on how many there are. A killed run continues with the shards that are missing. Ranks share
 the shards, over machines too if all of them see the folder: `accelerate launch data.py ...`, or without GPUs `torchrun`, or
 `RANK=0 WORLD_SIZE=2 python data.py ...` on the first of two. Rows are dialogues:
-    id, voice, topics [str], users [str], speech [audio], replies [str], answers [str], units [[int]]
-where speech holds WAV bytes or a path below audio_root, and an answer is the part of a reply that makes it right
+    id, voice, topics [str], users [str], speech [audio], samples [int], replies [str], answers [str], units [[int]]
+where speech holds WAV bytes or a path below audio_root, samples its length at 16 kHz, and an answer is the part of a reply that makes it right
 ("Paris"), for eval.py. What cannot be trained on is left out, counted, and listed with its reason in left_out.jsonl.
 The second half of this file is what train.py and eval.py use: `Dialogues` lays out a row, `collate` makes a batch.
 """
@@ -50,17 +50,16 @@ import pyarrow
 import soundfile
 import torch
 from datasets import Audio, Features, List, Value, load_from_disk
-from torch.nn.utils.rnn import pad_sequence
 
 from codec import UNIT_RATE, UNIT_VOCAB, load_codec
 from configure import configure, did_you_mean, fail
-from model import IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, SPEECH, expand_speech, log_mel, speech_sequence
+from model import IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, SPEECH, clip_frames, expand_speech, log_mel, speech_positions, speech_sequence
 from tiny.world import ASSISTANT, SPLITS, dialogue, draw_voice, speak
 
 SOURCES = ("tiny", "instructs2s", "folder", "text")
 FEATURES = Features({
     "id": Value("string"), "voice": Value("string"), "topics": List(Value("string")), "users": List(Value("string")),
-    "speech": List(Audio(sampling_rate=SAMPLE_RATE, decode=False)), "replies": List(Value("string")),
+    "speech": List(Audio(sampling_rate=SAMPLE_RATE, decode=False)), "samples": List(Value("int32")), "replies": List(Value("string")),
     "answers": List(Value("string")), "units": List(List(Value("int16")))})
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # as accelerate and torchrun set them
 
@@ -317,14 +316,14 @@ def to_units(units):
 # ----------------------------------------------------------------------------------------------------- building
 
 def make_row(cfg, codec, number, record):
-    """Record `number` of the source -> (split, row of the corpus, seconds of the user's speech). Raises LeftOut."""
+    """Record `number` of the source -> (split, row of the corpus). Raises LeftOut."""
     turns = parse(cfg, record)
     n, name = len(turns["replies"]), str(turns["id"] or number)
     for text in (name, *turns["users"], *turns["replies"]):
         check_text(text)
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2 ** 64        # of the id alone, from 0 to 1
     split = turns.get("split") or SPLITS[(share < 2 * cfg.held_out) + (share < cfg.held_out)]
-    voice, speech, seconds = turns.get("voice", ""), [], 0
+    voice, speech, samples = turns.get("voice", ""), [], []
     if cfg.source == "text":
         rng = random.Random(f"{cfg.seed} {name}")
         voice = rng.choice(cfg.voices) if cfg.voices else draw_voice(rng, split)
@@ -338,14 +337,14 @@ def make_row(cfg, codec, number, record):
             speech.append({"bytes": None, "path": path})
         else:
             break                                     # the JSON alone
-        seconds += len(wav) / SAMPLE_RATE
+        samples.append(len(wav))
     if cfg.source == "instructs2s":
         units = [to_units(u) for u in turns["units"]]
     else:
         units = [codec.encode(recording(cfg, path) if path else say(cfg, text, cfg.assistant)).tolist()
                  for text, path in zip(turns["replies"], turns.get("said") or [None] * n)]
     return split, {"id": name, "voice": voice, "topics": turns.get("topics", [""] * n), "users": turns["users"], "speech": speech,
-                   "replies": turns["replies"], "answers": turns.get("answers", [""] * n), "units": units}, seconds
+                   "samples": samples, "replies": turns["replies"], "answers": turns.get("answers", [""] * n), "units": units}
 
 
 def replace_file(path, text):
@@ -374,12 +373,12 @@ def write_shard(cfg, codec, number, numbered):
     for i, record in numbered:
         try:
             record = from_json(record) if isinstance(record, str) else record
-            split, row, seconds = make_row(cfg, codec, i, record)
+            split, row = make_row(cfg, codec, i, record)
         except LeftOut as e:
             left.append({"record": i, "id": record.get("id") if isinstance(record, dict) else None,
                          "reason": e.args[0], "detail": e.args[1]})
             continue
-        figures[split].update(dialogues=1, turns=len(row["replies"]), seconds=seconds, units=sum(map(len, row["units"])))
+        figures[split].update(dialogues=1, turns=len(row["replies"]), seconds=sum(row["samples"]) / SAMPLE_RATE, units=sum(map(len, row["units"])))
         buffers[split].append(row)
         if len(buffers[split]) == 50:                 # with their sound: some 40 MB
             flush(split)
@@ -582,7 +581,8 @@ class Dialogues(torch.utils.data.Dataset):
 
     ids           (L,) the LLM's input, SPEECH at every position that a clip fills
     labels        (L,) the assistant's text (every turn, `<|im_end|>` included), elsewhere IGNORE
-    mels          the user turns, each (n_mels, frames)
+    mels          the user turns, each (n_mels, frames); left out with `frozen`
+    frozen        (n, D) bfloat16, if `keep` was called: what Omni.frozen makes of the dialogue
     turns         for each reply (ids, rows, labels) of the speech LM, as `speech_sequence` lays it out, but with
                   rows pointing at the position in `ids` whose state predicted the token
     """
@@ -590,7 +590,7 @@ class Dialogues(torch.utils.data.Dataset):
     def __init__(self, rows, tokenizer, tts_tokenizer, n_mels, R, W, pad_audio=False, hear=True):
         """hear=False leaves the user's speech out: stage 1 TTS does not need it. Otherwise fail() if there is none."""
         self.rows, self.tokenizer, self.n_mels, self.R, self.W, self.pad = rows, tokenizer, n_mels, R, W, pad_audio
-        self.hear = hear
+        self.hear, self.frozen = hear, None
         if hear:
             clips(rows[0])                            # rather now than in a worker of the loader
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -600,10 +600,38 @@ class Dialogues(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
+    def keep(self, path, lengths, width):
+        """From now on items hold, in the place of their sound, lengths[i] rows of `width` bfloat16 from the file `path`."""
+        self.frozen = path, [0, *itertools.accumulate(lengths)], width
+
+    def kept(self, i):
+        path, starts, width = self.frozen
+        with open(path, "rb") as file:
+            file.seek(2 * width * starts[i])
+            return torch.frombuffer(bytearray(file.read(2 * width * (starts[i + 1] - starts[i]))), dtype=torch.bfloat16).view(-1, width)
+
+    def lengths(self):
+        """Without touching the sound: for each dialogue (10 Hz positions of its clips, tokens of its replies with
+        `<|im_end|>`, positions of the LLM, positions of the speech LM)."""
+        count = lambda texts: [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        samples = self.rows["samples"] if self.hear else [()] * len(self)
+        replies, units = self.rows["replies"], self.rows["units"]
+        tokens = iter(count([reply for row in replies for reply in row]))
+        first = len(chat_ids(self.tokenizer, [])) - 1                        # of the template, without `<speech>`
+        more = len(chat_ids(self.tokenizer, [""])) - first - 3               # of each further turn, without `<|im_end|>` too
+        for clips, row, written in zip(samples, replies, units):
+            speech = sum(speech_positions(clip_frames(n, self.pad)) for n in clips)
+            text = sum(next(tokens) + 1 for _ in row)
+            yield speech, text, first + more * (len(row) - 1) + speech + text, text + len(row) + sum(map(len, written))
+
     def __getitem__(self, i):
         row = self.rows[i]
-        mels = [log_mel(wav, self.n_mels, self.pad) for wav in clips(row)] if self.hear else []
-        frames = [m.shape[-1] for m in mels] or [0] * len(row["replies"])
+        item = {"id": row["id"], "mels": []}
+        if self.frozen:
+            item["frozen"] = self.kept(i)
+        elif self.hear:
+            item["mels"] = [log_mel(wav, self.n_mels, self.pad) for wav in clips(row)]
+        frames = [clip_frames(n, self.pad) for n in row["samples"]] if self.hear else [0] * len(row["replies"])
         ids, labels, turns = [], [], []
         for t, (reply, units) in enumerate(zip(row["replies"], row["units"])):
             prompt = expand_speech(chat_ids(self.tokenizer, row["replies"][:t]), frames[:t + 1])
@@ -614,25 +642,28 @@ class Dialogues(torch.utils.data.Dataset):
             ids = prompt + text
             speech, at, targets = speech_sequence(text, units, self.sep, self.unit_offset, self.eos, self.R, self.W)
             turns.append((speech, [len(prompt) - 1 + n if n >= 0 else -1 for n in at], targets))
-        return {"id": row["id"], "ids": ids, "labels": labels, "mels": mels, "turns": turns}
+        return item | {"ids": ids, "labels": labels, "turns": turns}
 
 
 def collate(items):
-    """Items of `Dialogues` -> a batch of tensors, padded at the right. B dialogues, C clips, T replies:
+    """Items of `Dialogues` -> a batch, everything laid end to end. With L, F, S the sums over dialogues, clips, replies:
 
-    names [B], ids and labels (B, L), mel (C, n_mels, frames), frames (C,), speech_lengths (T,), speech_ids, speech_rows,
-    speech_labels (T, M). speech_rows points into the flattened (B L) states, -1 where no row is read.
+    names [B], lengths [B]; ids and labels (L,), a label being what its position is to predict: the next id or IGNORE;
+    mel (n_mels, F) and frames [C], or frozen (n, D); speech_lengths [replies], speech_ids, speech_rows and speech_labels
+    (S,), where speech_rows is the position among L whose state is read, or -1.
     """
-    pad = lambda lists, value: pad_sequence([torch.tensor(x) for x in lists], batch_first=True, padding_value=value)
+    lengths = [len(item["ids"]) for item in items]
+    starts = [0, *itertools.accumulate(lengths)]
+    turns = [(speech, [r + start if r >= 0 else -1 for r in rows], targets)
+             for item, start in zip(items, starts) for speech, rows, targets in item["turns"]]
+    end_to_end = lambda lists: torch.tensor([x for row in lists for x in row])
     mels = [m for item in items for m in item["mels"]]
-    ids = pad([item["ids"] for item in items], 0)
-    turns = [(speech, [r + b * ids.shape[1] if r >= 0 else -1 for r in rows], labels)
-             for b, item in enumerate(items) for speech, rows, labels in item["turns"]]
-    speech, rows, targets = zip(*turns)
-    return {"names": [item["id"] for item in items], "ids": ids, "labels": pad([i["labels"] for i in items], IGNORE),
-            "mel": pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2) if mels else None,
-            "frames": torch.tensor([m.shape[-1] for m in mels]),
-            "speech_lengths": torch.tensor([len(x) for x in speech]), "speech_ids": pad(speech, 0), "speech_rows": pad(rows, -1), "speech_labels": pad(targets, IGNORE)}
+    batch = {"names": [item["id"] for item in items], "lengths": lengths, "ids": end_to_end(item["ids"] for item in items),
+             "labels": end_to_end([*item["labels"][1:], IGNORE] for item in items), "speech_lengths": [len(s) for s, _, _ in turns]}
+    batch |= {key: end_to_end(x) for key, x in zip(("speech_ids", "speech_rows", "speech_labels"), zip(*turns))}
+    if "frozen" in items[0]:
+        return batch | {"frozen": torch.cat([item["frozen"] for item in items])}
+    return batch | ({"mel": torch.cat(mels, 1), "frames": [m.shape[1] for m in mels]} if mels else {})
 
 
 if __name__ == "__main__":

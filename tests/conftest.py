@@ -22,6 +22,7 @@ def dialogue(seconds, replies, units, seed=0):
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     return {"id": f"row-{seed}", "users": ["?"] * len(replies), "replies": replies,
             "speech": [{"bytes": wav_bytes(0.1 * rng.standard_normal(int(16000 * s)))} for s in seconds],
+            "samples": [int(16000 * s) for s in seconds],
             "units": [[draw.randrange(6561) for _ in range(n)] for n in units]}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import SPEECH, Omni, expand_speech, log_mel
+from model import SPEECH, Omni, expand_speech, log_mel, run
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "llama_omni2"))
 
@@ -30,12 +30,14 @@ def test_agrees_with_official_code(golden, name):
     ids = inputs[f"{name}.input_ids"][0].tolist()
     n_mels = omni.model.speech_encoder.n_mels
     clips = [log_mel(inputs[f"audio{i}"], n_mels, pad=True) for i in range(ids.count(SPEECH))]
-    frames = torch.tensor([c.shape[-1] for c in clips])
+    frames = [c.shape[-1] for c in clips]
     with torch.no_grad():
-        features = omni.embed_speech(torch.stack(clips), frames)
-        close(features, want["speech_features"].flatten(0, 1))
-        x = omni.embed_prompt(torch.tensor([expand_speech(ids, frames.tolist())]), torch.stack(clips), frames)
+        heard = omni.hear(torch.cat(clips, 1), frames)
+        close(omni.model.speech_projector(heard), want["speech_features"].flatten(0, 1))
+        x = omni.embed_prompt(torch.tensor(expand_speech(ids, frames)), heard)[None]
         close(x, want["inputs_embeds"])
+        packed = run(omni.model, torch.cat([x[0, :5], x[0]]), [5, x.shape[1]])      # behind another row, as in training
+        close(packed[None, -16:], want["hidden_last16"])
         hidden = omni.model(inputs_embeds=x, use_cache=False).last_hidden_state
         close(hidden[:, -16:], want["hidden_last16"])
         close(omni.lm_head(hidden[:, -16:]), want["logits_last16"])

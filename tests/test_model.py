@@ -1,16 +1,19 @@
 """The network on the tiny random checkpoint: each result against a second, slower way to it, or a number known by hand."""
 import copy
+import itertools
 import math
 import shutil
 
+import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CHECKPOINT, ROWS, dialogue, load
 from safetensors.torch import load_file, save_file
 
 import model
 from data import Dialogues, chat_ids, collate
-from model import IGNORE, SPEECH, STAGES, Omni, expand_speech, log_mel, sample, speech_positions
+from model import IGNORE, SPEECH, STAGES, Omni, Rows, clip_frames, expand_speech, log_mel, run, sample, speech_positions
 
 
 def noise_mel(omni, seconds, seed=0):
@@ -31,7 +34,7 @@ def test_cached_decoding_equals_recomputing(tiny):
     events = list(omni.generate(prompt, clips, eos=-1, max_tokens=N, max_units=U, temperature=0.0, trace=trace))
 
     a, b = (i for i, token in enumerate(prompt) if token == SPEECH)
-    hear = lambda clip: omni.model.speech_projector(omni.model.speech_encoder(clip[None], torch.tensor([clip.shape[1]])))[0]
+    hear = lambda clip: omni.model.speech_projector(omni.hear(clip, [clip.shape[1]]))
     read = lambda ids: omni.model.embed_tokens(torch.tensor(ids))
     x = torch.cat([read(prompt[:a]), hear(clips[0]), read(prompt[a + 1:b]), hear(clips[1]), read(prompt[b + 1:])])
     text, states = [], []
@@ -56,17 +59,21 @@ def test_cached_decoding_equals_recomputing(tiny):
 
 
 @torch.no_grad()
-def test_encoder_ignores_the_padding_of_a_batch(tiny):
-    """Clips of several lengths, odd ones too, give in a batch what each gives alone."""
+def test_encoder_hears_each_clip_alone(tiny):
+    """Clips laid end to end, odd ones too, give what openai-whisper's own code makes of each alone, at any length."""
     encoder = tiny[0].model.speech_encoder
     mels = [noise_mel(tiny[0], s, seed) for seed, s in enumerate((0.5, 1.37, 2.01, 0.1))]
-    frames = torch.tensor([m.shape[1] for m in mels])
-    batch = torch.nn.utils.rnn.pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2)
-    together = encoder(batch, frames)
-    for i, mel in enumerate(mels):
-        alone = encoder(mel[None], frames[i:i + 1])[0]
+    together = encoder(torch.cat(mels, 1), [m.shape[1] for m in mels])
+    for mel in mels:
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel[None])))).transpose(1, 2)
+        x = x + encoder.positional_embedding[:x.shape[1]]
+        for block in encoder.blocks:
+            x = block(x)
+        alone = encoder.ln_post(x)[0]
         assert len(alone) == math.ceil(mel.shape[1] / 2)
-        torch.testing.assert_close(together[i, :len(alone)], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[:len(alone)], alone, atol=1e-5, rtol=1e-5)
+        together = together[len(alone):]
+    assert not len(together)
 
 
 @torch.no_grad()
@@ -75,17 +82,19 @@ def test_long_clips_are_heard_in_windows(tiny):
     positions as there are, whatever a clip's length."""
     omni = tiny[0]
     mels = [noise_mel(omni, s, seed) for seed, s in enumerate((70, 1.37, 30, 30.09))]
-    frames = torch.tensor([m.shape[1] for m in mels])
-    together = omni.embed_speech(torch.nn.utils.rnn.pad_sequence([m.T for m in mels], batch_first=True).transpose(1, 2), frames)
+    frames = [m.shape[1] for m in mels]
+    together = omni.hear(torch.cat(mels, 1), frames)
     pieces = [piece for mel in mels for piece in mel.split(3000, dim=1)]
     assert [p.shape[1] for p in pieces] == [3000, 3000, 1000, 137, 3000, 3000, 9]
-    alone = [omni.embed_speech(p[None], torch.tensor([p.shape[1]])) for p in pieces]
-    assert [len(x) for x in alone] == [300, 300, 100, 13, 300, 300, 1] and len(together) == 1314
+    alone = [omni.hear(p, [p.shape[1]]) for p in pieces]
+    assert [len(x) for x in alone] == [1500, 1500, 500, 65, 1500, 1500, 5] and len(together) == 5 * 1314
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    assert speech_positions(frames).tolist() == [700, 13, 300, 301] and expand_speech([SPEECH], [7000]) == [SPEECH] * 700
+    assert [speech_positions(n) for n in frames] == [700, 13, 300, 301] and expand_speech([SPEECH], [7000]) == [SPEECH] * 700
     for n in (10, 2999, 3000, 3001, 3010, 5999, 6000, 6011, 60000):
         assert speech_positions(n) == sum((min(3000, n - at) + 1) // 2 // 5 for at in range(0, n, 3000))
     assert [log_mel(torch.zeros(16000 * s) + 0.1, 80, pad=True).shape[1] for s in (1, 30, 31, 70)] == [3000, 3000, 6000, 9000]
+    for samples, pad in itertools.product((1600, 16001, 479999, 480000, 480001, 960159), (False, True)):
+        assert clip_frames(samples, pad) == log_mel(torch.zeros(samples) + 0.1, 80, pad).shape[1]
 
 
 @torch.no_grad()
@@ -104,10 +113,96 @@ def test_training_and_streaming_hear_a_long_clip_alike(tiny):
     torch.testing.assert_close(streamed, trained[:, :streamed.shape[1]], atol=1e-5, rtol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ rows end to end
+
+LENGTHS = [5, 1, 30, 29, 12, 2, 17, 30]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_rows_end_to_end(causal):
+    """Output and gradient are those of torch's fused attention on each row alone, with fewer key heads than query heads."""
+    shapes = [(sum(LENGTHS), 4, 8), (sum(LENGTHS), 2, 8), (sum(LENGTHS), 2, 8)]
+    ours = [torch.randn(*s, generator=torch.Generator().manual_seed(i)).requires_grad_() for i, s in enumerate(shapes)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    y = Rows(LENGTHS).attend(*ours, causal)
+    alone = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), is_causal=causal, enable_gqa=True)[0].transpose(0, 1)
+             for qkv in zip(*(x.split(LENGTHS) for x in theirs))]
+    torch.testing.assert_close(y, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    (y * weight).sum().backward(), (torch.cat(alone) * weight).sum().backward()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_laid_side_by_side_and_back():
+    """Each position has one place in the rectangles, and rectangles of similar rows are mostly full."""
+    rows = Rows(LENGTHS)
+    assert (rows.index[rows.back] == torch.arange(sum(LENGTHS))).all() and (rows.index >= 0).sum() == sum(LENGTHS)
+    assert rows.position.tolist() == [p for n in LENGTHS for p in range(n)]
+    assert sum(B * L for B, L in rows.shapes) == len(rows.index) and rows.shapes == [(3, 30), (1, 17), (1, 12), (1, 5), (1, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("network", ["LLM", "speech LM"])
+@torch.no_grad()
+def test_rows_end_to_end_equal_rows_alone(tiny, network):
+    """What a network makes of rows end to end is what transformers' own path makes of each: no row sees another."""
+    net = tiny[0].model if network == "LLM" else tiny[0].speech_generator.model.model
+    x = torch.randn(sum(LENGTHS), net.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    alone = [net(inputs_embeds=row[None], use_cache=False).last_hidden_state[0] for row in x.split(LENGTHS)]
+    torch.testing.assert_close(run(net, x, LENGTHS), torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_logits_in_pieces(items, stage, monkeypatch):
+    """Loss and gradients are the same when no more than some logits exist at a time."""
+    results = []
+    for rows in (10 ** 4, 7):
+        omni, seen = load()[0], []
+        omni.freeze_for(stage)
+        head = omni.lm_head if stage == "stage1" else omni.speech_generator.model.lm_head
+        monkeypatch.setattr(model, "LOGITS", rows * len(head.weight))
+        head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+        loss, n, right = omni(collate(items), stage)
+        loss.backward()
+        results.append((loss.detach(), n, right, {k: p.grad for k, p in omni.named_parameters() if p.grad is not None}))
+        assert max(seen) <= rows and (len(seen) == 1) == (rows == 10 ** 4)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@torch.no_grad()
+def test_what_is_frozen_can_be_kept(tiny, items, stage, tmp_path):
+    """A batch with the frozen networks' output in the place of its sound gives the loss, from memory to the bit, and through
+    a file in bfloat16 to its rounding; with autocast, which rounds alike, to the bit."""
+    omni, *tokenizers = tiny
+    rows = Dialogues(ROWS, *tokenizers, omni.model.speech_encoder.n_mels, omni.R, omni.W)
+    frozen = [omni.frozen(collate([item]), stage) for item in items]
+    with open(tmp_path / "kept", "wb") as file:
+        for x in frozen:
+            file.write(x.bfloat16().view(torch.int16).numpy().tobytes())
+    rows.keep(str(tmp_path / "kept"), [len(x) for x in frozen], frozen[0].shape[1])
+    kept = collate([rows[i] for i in (2, 0, 1)])
+    assert "mel" not in kept and torch.equal(kept["frozen"], torch.cat([frozen[i] for i in (2, 0, 1)]).bfloat16())
+    batch = collate([items[i] for i in (2, 0, 1)])
+    exact = omni(batch | {"frozen": torch.cat([frozen[i] for i in (2, 0, 1)])}, stage)
+    torch.testing.assert_close(exact, omni(batch, stage), rtol=1e-5, atol=0)
+    torch.testing.assert_close(omni(kept | {"frozen": kept["frozen"].float()}, stage)[0], exact[0], rtol=1e-2, atol=0)
+
+
+@torch.no_grad()
+def test_lengths_are_those_of_the_rows(tiny, items):
+    """What is counted from the corpus's columns is what the rows become."""
+    omni, *tokenizers = tiny
+    rows = Dialogues(datasets.Dataset.from_list(ROWS), *tokenizers, omni.model.speech_encoder.n_mels, omni.R, omni.W)
+    expected = [(item["ids"].count(SPEECH), sum(x != IGNORE for x in item["labels"]), len(item["ids"]), sum(len(s) for s, _, _ in item["turns"]))
+                for item in items]
+    assert list(rows.lengths()) == expected
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_loss_of_a_batch_is_the_sum_of_its_dialogues(tiny, items, stage):
-    """No dialogue sees another's padding, and the loss is a sum over a counted set of targets."""
+    """No dialogue sees another, and the loss is a sum over a counted set of targets."""
     omni = tiny[0]
     loss, targets, right = omni(collate(items), stage)
     alone = [omni(collate([item]), stage) for item in items]
@@ -122,8 +217,7 @@ def test_loss_of_a_batch_is_the_sum_of_its_dialogues(tiny, items, stage):
 def test_encoder_in_bf16(tiny):
     """The encoder runs in bf16, which openai-whisper's own cannot, and stays close to fp32."""
     omni = tiny[0]
-    mel = noise_mel(omni, 1.0)[None]
-    frames = torch.tensor([mel.shape[-1]])
+    mel, frames = noise_mel(omni, 1.0), [100]
     exact = omni.model.speech_encoder(mel, frames)
     rough = copy.deepcopy(omni).bfloat16().model.speech_encoder(mel, frames)
     assert rough.dtype == torch.bfloat16
@@ -195,8 +289,9 @@ def test_masks_and_labels_by_hand(tiny, items):
         assert [r for r in rows if r >= 0] == list(range(start - 1, end - 1))
         assert all(speech[p] == ids[r + 1] for p, r in enumerate(rows) if r >= 0)
     batch = collate(items)                            # in a batch, rows count through the dialogues before
-    width = batch["ids"].shape[1]
-    assert batch["speech_rows"][1][:3].tolist() == [width + second - 1, width + second, width + second + 1]
+    start, at = len(items[0]["ids"]), batch["speech_lengths"][0]
+    assert batch["speech_rows"][at:at + 3].tolist() == [start + second - 1, start + second, start + second + 1]
+    assert batch["labels"][start + second - 1] == ids[second] and batch["labels"][start - 1] == batch["labels"][-1] == IGNORE
 
 
 def test_learn_by_heart_then_say_it():
