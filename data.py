@@ -624,13 +624,19 @@ class Dialogues(torch.utils.data.Dataset):
             text = sum(next(tokens) + 1 for _ in row)
             yield speech, text, first + more * (len(row) - 1) + speech + text, text + len(row) + sum(map(len, written))
 
+    def mels(self, row):
+        return [log_mel(wav, self.n_mels, self.pad) for wav in clips(row)]
+
     def __getitem__(self, i):
         row = self.rows[i]
         item = {"id": row["id"], "mels": []}
-        if self.frozen:
-            item["frozen"] = self.kept(i)
-        elif self.hear:
-            item["mels"] = [log_mel(wav, self.n_mels, self.pad) for wav in clips(row)]
+        try:
+            if self.frozen:
+                item["frozen"] = self.kept(i)
+            elif self.hear:
+                item["mels"] = self.mels(row)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise ValueError(f"dialogue {row['id']} cannot be read: {e}") from e
         frames = [clip_frames(n, self.pad) for n in row["samples"]] if self.hear else [0] * len(row["replies"])
         ids, labels, turns = [], [], []
         for t, (reply, units) in enumerate(zip(row["replies"], row["units"])):

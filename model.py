@@ -17,9 +17,12 @@ How it is trained: `Omni.forward(batch, stage)` returns the summed loss of a sta
 How it talks: `Omni.generate()` yields text and units as they are made. Both lay out the speech LM's sequence with
 `read_write()`. The attribute names are those of the released checkpoints, so the state dict is theirs, key for key.
 """
+import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 
 import torch
 import torch.nn as nn
@@ -315,7 +318,7 @@ class Omni(nn.Module):
 
     def __init__(self, config, encoder):
         super().__init__()
-        self.config = config
+        self.config, self.folder = config, None               # folder: see from_pretrained
         H = config["hidden_size"]
         self.model = Qwen2Model(qwen2_config(config))
         self.lm_head = nn.Linear(H, config["vocab_size"], bias=False)
@@ -332,10 +335,30 @@ class Omni(nn.Module):
         if self.config["tie_word_embeddings"]:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def freeze_for(self, stage):
-        """Only what `stage` trains (STAGES) gets gradients."""
+    def freeze_for(self, stage, llm=True):
+        """Only what `stage` trains (STAGES) gets gradients; of an LLM with LoRA the two small matrices, without `llm` nothing."""
+        lora = self.config.get("lora_rank")
         for name, p in self.named_parameters():
             p.requires_grad = name.startswith(STAGES[stage]) and not name.startswith(UNUSED[self.speech_generator.fusion])
+            if name.startswith(STAGES["stage1"]) and "speech_projector" not in name and not (llm and (not lora or "lora_" in name)):
+                p.requires_grad = False
+
+    def add_lora(self, rank):
+        """Beside each matrix of the LLM's layers two small ones whose product is added to it (LoRA, arXiv 2106.09685); the
+        second begins at zero. A field of ours in the config, until `merge_lora`."""
+        import peft
+        self.config["lora_rank"] = rank
+        linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), self.model)
+
+    def merge_lora(self):
+        """Add the products to their matrices, if there are any: the layout is the released one again."""
+        if self.config.pop("lora_rank", None):
+            from peft.tuners.lora import LoraLayer
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, LoraLayer):
+                    module.merge()
+                    self.model.set_submodule(name, module.get_base_layer())
 
     # ---- training
 
@@ -395,7 +418,7 @@ class Omni(nn.Module):
 
     @torch.inference_mode()
     def generate(self, ids, clips=(), eos=None, speak=True, max_tokens=128, max_units=1024, text_temperature=0.0,
-                 text_top_p=1.0, temperature=1.0, top_p=1.0, top_k=0, window=10, repeats=0.0, constrain=True, trace=None):
+                 text_top_p=1.0, temperature=1.0, top_p=1.0, top_k=0, window=10, repeats=0.0, constrain=True, trace=None, reply=None):
         """Answer, streaming.
 
         ids          list of prompt ids, with one SPEECH for each of `clips`, log-mels (n_mels, frames)
@@ -404,19 +427,23 @@ class Omni(nn.Module):
         repeats      repetition-aware sampling (VALL-E 2): a unit that makes up more than this share of the last
                      `window` units is drawn again from the whole distribution; 0 turns it off
         constrain    mask what cannot follow: in a burst everything but units, at the end all but units and EOS
+        reply        ids of a text to be said as it is, without the LLM: what stage 1 TTS learns
         trace        a list that receives the speech LM's inputs and logits, for tests
         Yields ("text", id), ("units", [unit, ...]) and, if a limit was hit, ("note", why).
         """
         device, generator = self.lm_head.weight.device, self.speech_generator
         eos = self.config["eos_token_id"] if eos is None else eos
-        frames = [clip.shape[-1] for clip in clips]
-        heard = self.hear(torch.cat(list(clips), 1).to(device), frames) if frames else None
-        x = self.embed_prompt(torch.tensor(expand_speech(ids, frames), device=device), heard)[None]
         cache, pending, units = DynamicCache(), [], []
         allowed = torch.zeros(generator.model.config.vocab_size, dtype=torch.bool, device=device)
         allowed[generator.unit_offset:] = True
 
         def rows():
+            if reply is not None:
+                yield from (((token, None), i == len(reply)) for i, token in enumerate([*reply, eos]))
+                return
+            frames = [clip.shape[-1] for clip in clips]
+            heard = self.hear(torch.cat(list(clips), 1).to(device), frames) if frames else None
+            x = self.embed_prompt(torch.tensor(expand_speech(ids, frames), device=device), heard)[None]
             for token, state, last in self.write_text(x, max_tokens, text_temperature, text_top_p, eos):
                 yield (token, state), last
 
@@ -426,7 +453,8 @@ class Omni(nn.Module):
                 if token != eos:
                     yield "text", token
                 if speak:
-                    pending.append(generator.fuse(state, torch.tensor(token, device=device)))
+                    y = torch.tensor(token, device=device)
+                    pending.append(generator.embed(y) if state is None else generator.fuse(state, y))
             elif not speak:
                 continue
             elif what == "sep":
@@ -496,13 +524,16 @@ class Omni(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, whisper=None):
-        """Load a checkpoint in the released layout: a local folder or the id of a repository on the hub.
+        """Load a checkpoint in the released layout: a local folder or the id of a repository on the hub. Of a run it takes
+        final/, or else the newest step-N/, which holds what was trained and says where the rest is.
 
         whisper  file or name of the Whisper, wanted only where the checkpoint does not hold the encoder's weights or
                  its heads are not 64 wide
-        Returns (model, tokenizer, tts_tokenizer). Raises FileNotFoundError, or ValueError that names the tensor.
+        Returns (model, tokenizer, tts_tokenizer); model.folder is where all of its tensors lie, None if they do not lie in
+        one folder. Raises FileNotFoundError, or ValueError that names the tensor.
         """
-        folder = newest_checkpoint(folder) or folder
+        final = os.path.join(folder, "final")
+        folder = final if os.path.isdir(final) else newest_checkpoint(folder) or folder
         if not os.path.isdir(folder):
             if folder.count("/") != 1 or folder.startswith((".", "/")):
                 raise FileNotFoundError(f"there is no checkpoint folder {folder}")
@@ -511,16 +542,14 @@ class Omni(nn.Module):
         for name in ("config.json", "tokenizer_config.json", "tts_tokenizer"):
             if not os.path.exists(os.path.join(folder, name)):
                 raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
-        with open(os.path.join(folder, "config.json")) as f:
-            config = json.load(f)
+        config, base = read_json(folder, "config.json"), read_json(folder, "meta.json").get("base")
         weights = {}
-        for name in sorted(os.listdir(folder)):
-            if name.endswith(".safetensors"):
-                try:
-                    with safe_open(os.path.join(folder, name), "pt") as file:
-                        weights |= {key: file.get_tensor(key) for key in file.keys()}
-                except Exception as e:                         # safetensors raises its own, undocumented class
-                    raise ValueError(f"{folder}/{name} cannot be read ({e}); copy or train it again")
+        if base:                                               # what was frozen lies in another checkpoint
+            frozen = os.path.normpath(os.path.join(folder, base["folder"]))
+            if not os.path.isdir(frozen) or hashes(frozen) != base["sha256"]:
+                raise ValueError(f"what {folder} did not train is in {frozen}, which has changed or is gone; bring it back")
+            weights |= read_weights(frozen)
+        weights |= read_weights(folder)
         prefix = "model.speech_encoder."
         own = {k[len(prefix):]: w for k, w in weights.items() if k.startswith(prefix)}
         if whisper or not own:
@@ -533,7 +562,12 @@ class Omni(nn.Module):
             layers = 1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks."))
             encoder = SpeechEncoder(n_mels, len(own["positional_embedding"]), size, size // 64, layers)
         omni = cls(config, encoder)
+        omni.folder = folder if own and not base else None
+        if rank := config.get("lora_rank"):
+            omni.add_lora(rank)
         expected = omni.state_dict()
+        if rank:
+            weights = {k if k in expected else ".base_layer.".join(k.rsplit(".", 1)): w for k, w in weights.items()}
         if not own:
             weights |= {prefix + k: w for k, w in encoder.state_dict().items()}
         for head, tied in (("lm_head", config["tie_word_embeddings"]), ("speech_generator.model.lm_head", True)):
@@ -548,28 +582,94 @@ class Omni(nn.Module):
         omni.load_state_dict(weights)
         return omni, *load_tokenizers(folder)
 
-    def save_pretrained(self, folder, tokenizer, tts_tokenizer):
-        """Write the released layout: config.json, model.safetensors, the tokenizer, tts_tokenizer/. The folder
-        appears whole or not at all; one that is there already is replaced."""
-        tmp = folder.rstrip("/") + ".tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
-        with open(os.path.join(tmp, "config.json"), "w") as f:
+    def save_pretrained(self, folder, tokenizer, tts_tokenizer, weights=None):
+        """Write the released layout: config.json, model.safetensors (all of the model, or `weights`), the tokenizer,
+        tts_tokenizer/. The folder must not be there; see `seal` for how a checkpoint gets its name."""
+        os.makedirs(folder)
+        with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(self.config, f, indent=2, sort_keys=True)
         tied = {"speech_generator.model.lm_head.weight"} | ({"lm_head.weight"} if self.config["tie_word_embeddings"] else set())
-        save_file({k: v.contiguous() for k, v in self.state_dict().items() if k not in tied},
-                  os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
-        tokenizer.save_pretrained(tmp)
-        tts_tokenizer.save_pretrained(os.path.join(tmp, "tts_tokenizer"))
-        replace_folder(tmp, folder)
+        weights = self.state_dict() if weights is None else weights
+        save_file({k: v.contiguous() for k, v in weights.items() if k not in tied},
+                  os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        tokenizer.save_pretrained(folder)
+        tts_tokenizer.save_pretrained(os.path.join(folder, "tts_tokenizer"))
+
+
+def read_json(folder, name):
+    """The dict in a JSON file; empty if there is none."""
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def read_weights(folder):
+    """{name: tensor} of all safetensors files. Raises ValueError that names the file."""
+    weights = {}
+    for name in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors")):
+        try:
+            with safe_open(os.path.join(folder, name), "pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}
+        except Exception as e:                                 # safetensors raises its own, undocumented class
+            raise ValueError(f"{folder}/{name} cannot be read ({e}); copy or train it again")
+    return weights
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hashes(folder):
+    """{name: sha256} of all safetensors files."""
+    return {n: sha256(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if n.endswith(".safetensors")}
+
+
+def flush(path):
+    """Onto the disk, so that a power cut after this line finds it there."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
+def seal(tmp, folder, meta):
+    """Make the folder `tmp` the checkpoint `folder`: meta.json, which lists size and hash of every file, is written last,
+    all is flushed to the disk, then the folder is renamed. What stood there goes only after the new one is in place."""
+    paths = [os.path.join(at, name) for at, _, names in os.walk(tmp) for name in names]
+    files = {os.path.relpath(p, tmp): {"bytes": os.path.getsize(p), "sha256": sha256(p)} for p in sorted(paths)}
+    with open(os.path.join(tmp, "meta.json"), "w") as f:
+        json.dump(meta | {"files": files}, f, indent=1)
+    for path in (*paths, os.path.join(tmp, "meta.json"), *(at for at, _, _ in os.walk(tmp))):
+        flush(path)
+    replace_folder(tmp, folder)
+    flush(os.path.dirname(os.path.abspath(folder)))
+
+
+def damage(folder):
+    """What is wrong with a checkpoint that `seal` made, or None."""
+    try:
+        files = read_json(folder, "meta.json")["files"]
+    except (ValueError, KeyError, TypeError):
+        return "its meta.json is missing or damaged"
+    for name, expected in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            return f"{name} is missing"
+        if os.path.getsize(path) != expected["bytes"]:
+            return f"{name} has {os.path.getsize(path)} bytes instead of {expected['bytes']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{name} is not what was written (another sha256)"
 
 
 def newest_checkpoint(folder):
-    """The checkpoint with the most steps in a run's folder, or None. (A folder that train.py did not finish has
-    another name.)"""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted(n for n in names if n.startswith("step-") and n[5:].isdigit())
-    return os.path.join(folder, steps[-1]) if steps else None
+    """The step-N of a run's folder with the most steps that is whole, or None. Those that are not are named on stderr."""
+    for name in sorted((n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n)), reverse=True) if os.path.isdir(folder) else ():
+        reason = damage(os.path.join(folder, name))
+        if reason is None:
+            return os.path.join(folder, name)
+        print(f"passing over {os.path.join(folder, name)}: {reason}", file=sys.stderr)
 
 
 def replace_folder(tmp, folder):

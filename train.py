@@ -7,31 +7,46 @@ Why three stages: speech has to become something that the LLM understands (stage
 of the one before.
 
 How: accelerate launch train.py config/tiny_stage1.py       then tiny_stage1_tts.py, then tiny_stage2.py
-     ... --resume                continues a run that was stopped
+     the same command again      continues a run that was stopped, by whatever
      ... --batch_size 16         any key of the table below, over the config file
-A run writes out_dir/step-N/, a checkpoint in the released layout with meta.json beside it, and out_dir/tensorboard.
+     ... --compare               says at each log line whether the loss is what it was when we ran this
+A run writes into out_dir: step-N/, what was trained so far with all that it takes to go on; base/, once, the frozen rest if
+no other checkpoint holds it; samples/, what the model says at each validation; tensorboard/; and at the end final/, the
+whole model in the released layout.
 """
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import heapq
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import accelerate
+import numpy as np
+import soundfile
 import torch
 import transformers
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
 from tqdm import tqdm
 
+from codec import load_codec
 from configure import configure, fail
 from data import Dialogues, chat_ids, collate, load_corpus
-from model import IGNORE, STAGES, UNUSED, Omni, newest_checkpoint, replace_folder
+from model import IGNORE, STAGES, UNUSED, Omni, hashes, newest_checkpoint, read_json, seal
 
 
 @dataclass(frozen=True)
@@ -46,10 +61,13 @@ class TrainConfig:
     read: int = 3                      # R: rows of text that the speech LM reads ...
     write: int = 10                    # W: ... before it writes so many units
     fusion: str = "gate"               # of stage 2; for the ablation: text (without the LLM's states) or hidden (they alone)
+    lora_rank: int = 0                 # stage 1: train two small matrices beside each of the LLM's; 0: the LLM itself
+    freeze_llm: bool = False           # stage 1: train the adapter alone
     pad_audio: bool = False            # pad every clip to a multiple of 30 s; the official front end pads to 30 s
     batch_size: int = 32               # dialogues per optimizer step, over all processes
-    micro_batch: int = 32              # dialogues that one process handles at once; the rest is accumulated
+    micro_tokens: int = 8192           # positions that one process handles at once; the rest of a step is accumulated
     epochs: float = 3.0                # passes over the corpus
+    patience: int = 0                  # stop after so many validations without a better one, and keep the best; 0: never
     lr: float = 5e-5                   # peak learning rate
     warmup: float = 0.03               # share of the steps with rising rate; a cosine to zero follows
     weight_decay: float = 0.01         # of AdamW, on matrices
@@ -57,28 +75,51 @@ class TrainConfig:
     muon: bool = False                 # Muon instead of AdamW for the matrices inside the networks
     clip: float = 1.0                  # largest norm of the gradient
     precision: str = "bf16"            # bf16 (autocast) or no (fp32)
+    recompute: bool = False            # activation checkpointing: a third more time, a fraction of the memory
+    compile: bool = False              # torch.compile the layers
+    cache: str | None = None           # a folder that keeps what the frozen networks make of the corpus; none: no
     log_every: int = 10                # steps between log lines
     eval_every: int = 200              # steps between validations
     eval_dialogues: int = 64           # validation dialogues of one validation
-    save_every: int = 200              # steps between checkpoints; the newest two are kept
+    samples: int = 2                   # validation dialogues that are answered, for you to read and hear
+    codec: str | None = None           # makes sound of the samples; none: their units are enough
+    save_every: int = 200              # steps between checkpoints
+    keep: int = 2                      # how many of the newest checkpoints stay, beside the best
+    tracker: str = "tensorboard"       # or wandb, or none
+    compare: bool = False              # compare the loss with runs/reference_curves/
+    profile: int = 0                   # write a trace of so many steps, to be opened in ui.perfetto.dev
     workers: int = 1                   # processes that prepare batches
     seed: int = 1337                   # of the order of the data and of new weights
-    resume: bool = False               # continue the run in out_dir
+    resume: bool = True                # continue the run in out_dir; false: refuse if there is one
 
     def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"stage is {self.stage!r}; it must be one of {', '.join(STAGES)}")
-        if self.fusion not in UNUSED:
-            raise ValueError(f"fusion is {self.fusion!r}; it must be one of {', '.join(UNUSED)}")
-        for key in ("read", "write", "batch_size", "micro_batch", "epochs", "lr", "log_every", "eval_every", "save_every"):
+        for key, known in (("stage", STAGES), ("fusion", UNUSED), ("tracker", ("tensorboard", "wandb", "none")), ("precision", ("bf16", "no"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; it must be one of {', '.join(known)}")
+        for key in ("read", "write", "batch_size", "micro_tokens", "epochs", "lr", "log_every", "eval_every", "save_every", "eval_dialogues", "keep"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above zero")
+        for key in ("lora_rank", "freeze_llm"):
+            if getattr(self, key) and self.stage != "stage1":
+                raise ValueError(f"{key} is for stage1, where the LLM is trained")
+        if self.cache and self.stage == "stage1_tts":
+            raise ValueError("cache keeps what frozen networks make of the corpus, and none of them runs in stage1_tts; leave it out")
 
+
+TOLERANCE = 1.5                       # a loss so many times the reference's is not normal
+
+# keys that a continued run may change: they decide how, not what, is computed
+FREE = {"resume", "log_every", "eval_every", "eval_dialogues", "samples", "codec", "save_every", "keep", "tracker", "compare", "profile",
+        "workers", "micro_tokens", "recompute", "compile", "cache", "patience"}
 
 cfg = configure(TrainConfig)
 no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())    # said aloud, or Accelerate ignores torchrun
-accelerator = accelerate.Accelerator(cpu=no_gpu, mixed_precision=cfg.precision, log_with="tensorboard", project_dir=cfg.out_dir)
-main, world = accelerator.is_main_process, accelerator.num_processes
+accelerator = accelerate.Accelerator(cpu=no_gpu, mixed_precision=cfg.precision, project_dir=cfg.out_dir,
+                                     log_with=None if cfg.tracker == "none" else cfg.tracker)
+main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+sharded = accelerator.distributed_type == DistributedType.FSDP
+if accelerator.device.type == "cpu":                  # `accelerate launch` leaves each process one thread
+    torch.set_num_threads(max(1, os.cpu_count() // world))
 
 
 def say(text):
@@ -86,27 +127,33 @@ def say(text):
         tqdm.write(text)
         sys.stdout.flush()                            # a log file shows it at once
 
-if cfg.batch_size % world:
-    fail(f"batch_size {cfg.batch_size} does not divide over {world} processes; choose a multiple of {world}")
-share = cfg.batch_size // world                       # dialogues of one step that this process handles
-torch.manual_seed(cfg.seed)
-if accelerator.device.type == "cpu":                  # `accelerate launch` leaves each process one thread
-    torch.set_num_threads(max(1, os.cpu_count() // world))
+
+stop = False
+def ask_to_stop(number, frame):
+    global stop
+    stop = True
+
+
+def asked_to_stop():
+    """Was any of the processes asked to stop? All learn it at the same step."""
+    return accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)).item() > 0
 
 # ------------------------------------------------------------------------------------------ resume, model, data
 
+final = os.path.join(cfg.out_dir, "final")
 last = newest_checkpoint(cfg.out_dir)
 if last and not cfg.resume:
-    fail(f"{cfg.out_dir} holds a run already ({os.path.basename(last)}); add --resume to continue it, or choose another --out_dir")
-saved = None
-if last:
-    with open(os.path.join(last, "meta.json")) as f:
-        saved = json.load(f)
-    free = {"resume", "log_every", "eval_every", "save_every", "workers", "micro_batch", "eval_dialogues"}
-    changed = [f"{k} {saved['config'].get(k)} -> {v}" for k, v in dataclasses.asdict(cfg).items()
-               if k not in free and saved["config"].get(k) != v]
-    if changed:
-        fail(f"--resume: these keys differ from the run in {cfg.out_dir}: {'; '.join(changed)}; put them back")
+    fail(f"{cfg.out_dir} holds a run already ({os.path.basename(last)}); leave --resume false out, or choose another --out_dir")
+saved = read_json(last, "meta.json") if last else None
+if saved:
+    changed = {k: f"{k} {saved['config'].get(k)} -> {v}" for k, v in json.loads(json.dumps(dataclasses.asdict(cfg))).items()
+               if saved["config"].get(k) != v}
+    if fixed := [text for k, text in changed.items() if k not in FREE]:
+        fail(f"these keys differ from the run in {cfg.out_dir}: {'; '.join(fixed)}; put them back, or choose another --out_dir")
+    say(f"\ncontinuing {last}" + "".join(f"; {text}" for text in changed.values()))
+    if saved["processes"] != world:
+        say(f"{world} processes instead of {saved['processes']}: the same dialogues make the same steps, but sums are rounded in another order")
+torch.manual_seed(cfg.seed)
 try:
     if last or cfg.init_from:
         model, tokenizer, tts_tokenizer = Omni.from_pretrained(last or cfg.init_from)
@@ -118,7 +165,30 @@ if (model.R, model.W) != (cfg.read, cfg.write):
     fail(f"read, write is {cfg.read}, {cfg.write}, but {last or cfg.init_from} was trained with {model.R}, {model.W}")
 if cfg.fusion != "gate":                              # a field of ours: the released checkpoints have none
     model.config["fusion"] = model.speech_generator.fusion = cfg.fusion
-model.freeze_for(cfg.stage)
+
+# What this run does not train is not copied into each of its checkpoints: they name the folder that holds it.
+base = model.folder
+if not last and base is None:                         # new, from backbones, or spread over several folders
+    base = os.path.join(cfg.out_dir, "base")
+    if main:
+        shutil.rmtree(base + ".part", ignore_errors=True)
+        try:
+            model.save_pretrained(base + ".part", tokenizer, tts_tokenizer)
+            seal(base + ".part", base, {})
+        except (OSError, RuntimeError) as e:
+            fail(f"{base} cannot be written ({e}); make room or choose another --out_dir")
+accelerator.wait_for_everyone()
+base = saved["base"] if last else {"folder": os.path.relpath(base, final), "sha256": hashes(base)}
+if cfg.lora_rank and not last:
+    model.add_lora(cfg.lora_rank)
+model.freeze_for(cfg.stage, llm=not cfg.freeze_llm)
+if cfg.recompute:
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable")        # renamed; both names are in use
+    for network in (model.model, model.speech_generator.model):
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+if cfg.compile:
+    for layer in (*model.model.layers, *model.speech_generator.model.model.layers):
+        layer.compile(dynamic=True)
 
 say(f"\n{'part':24}{'trained':>14}{'frozen':>14}")
 parts = {"speech encoder": "model.speech_encoder", "speech adapter": "model.speech_projector",
@@ -128,39 +198,75 @@ for part, prefix in parts.items():
     own = [p for n, p in model.named_parameters() if n.startswith(prefix)]
     say(f"{part:24}{sum(p.numel() for p in own if p.requires_grad):14,}{sum(p.numel() for p in own if not p.requires_grad):14,}")
 
+
 def dialogues(split):
     return Dialogues(load_corpus(cfg.corpus, split), tokenizer, tts_tokenizer, model.model.speech_encoder.n_mels,
                      cfg.read, cfg.write, cfg.pad_audio, hear=cfg.stage != "stage1_tts")
 
 train_set, validation_set = dialogues("train"), dialogues("validation")
+lengths = {split: list(rows.lengths()) for split, rows in (("train", train_set), ("validation", validation_set))}
+corpus = {"dialogues": len(train_set), "settings": read_json(cfg.corpus, "meta.json"),
+          "sha256": hashlib.sha256(repr((train_set.rows["id"], lengths["train"])).encode()).hexdigest()}
+if saved and corpus != saved["corpus"]:
+    was, now = ({"dialogues": c["dialogues"]} | c["settings"] for c in (saved["corpus"], corpus))
+    difference = [f"{k} {was.get(k)} -> {now.get(k)}" for k in now | was if was.get(k) != now.get(k)] or ["the dialogues themselves"]
+    fail(f"{cfg.corpus} is not the corpus that the run in {cfg.out_dir} began with: {'; '.join(difference)}; bring it back, or choose another --out_dir")
+if len(validation_set) < world:
+    fail(f"{len(validation_set)} validation dialogues for {world} processes; build the corpus with more")
 steps_per_epoch = len(train_set) // cfg.batch_size
 max_steps = int(steps_per_epoch * cfg.epochs)
-if not max_steps:
-    fail(f"{len(train_set)} dialogues make no step of {cfg.batch_size}; choose a smaller --batch_size")
-lengths = [sum(map(len, units)) for units in train_set.rows["units"]]
+if not max_steps or cfg.batch_size < world:
+    fail(f"{len(train_set)} dialogues in steps of {cfg.batch_size} are no step for {world} processes; choose another --batch_size")
 
 
+@functools.lru_cache(maxsize=2)
 def order(epoch):
-    """The order of an epoch, a function of (seed, epoch) alone. Dialogues of similar length share a step, so that
-    little of a batch is padding: shuffle, sort within 16 steps, shuffle the steps."""
-    rng, n = random.Random(f"{cfg.seed} {epoch}"), cfg.batch_size
-    rows = rng.sample(range(len(train_set)), len(train_set))
-    rows = [i for at in range(0, len(rows), 16 * n) for i in sorted(rows[at:at + 16 * n], key=lengths.__getitem__)]
-    steps = [rows[at:at + n] for at in range(0, steps_per_epoch * n, n)]
-    return rng.sample(steps, len(steps))
+    """The order of an epoch's dialogues, a function of (seed, epoch) alone."""
+    return random.Random(f"{cfg.seed} {epoch}").sample(range(len(train_set)), len(train_set))
 
 
-def micro_batches(start):
-    """The rows of each micro-batch of this process, from step `start` to the end."""
-    for epoch in range(start // steps_per_epoch, math.ceil(cfg.epochs)):
-        for at, rows in enumerate(order(epoch), epoch * steps_per_epoch):
-            if start <= at < max_steps:
-                mine = rows[accelerator.process_index::world]
-                yield from (mine[i:i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch))
+def deal(rows, positions):
+    """Deal out rows to processes and micro-batches: for this process, lists of rows of at most micro_tokens positions
+    (or one row that has more), as many lists as every process gets. The longest row first, each to the emptiest list."""
+    n = 1
+    while True:
+        heap = [(0, i, []) for i in range(n * world)]
+        for row in sorted(rows, key=positions.__getitem__, reverse=True):
+            total, i, own = heapq.heappop(heap)
+            heapq.heappush(heap, (total + positions[row], i, own + [row]))
+        if max(heap)[0] <= cfg.micro_tokens or (n + 1) * world > len(rows):
+            return [own for _, i, own in sorted(heap, key=lambda x: x[1])][rank::world]
+        n += 1
+
+
+def cost(split):
+    """The positions that each dialogue of a split takes in this stage."""
+    think, talk = cfg.stage == "stage1" or cfg.stage == "stage2" and not cfg.cache, cfg.stage != "stage1"
+    return [think * llm + talk * speech for _, _, llm, speech in lengths[split]]
+
+positions = {split: cost(split) for split in lengths}
+
+
+def plan(step):
+    """The micro-batches of this process in a step."""
+    epoch, i = divmod(step, steps_per_epoch)
+    return deal(order(epoch)[i * cfg.batch_size:(i + 1) * cfg.batch_size], positions["train"])
 
 
 def to_device(batch):
     return {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def in_worker(_):
+    """What workers inherit must not make them deaf, nor take the main process's cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def batches_of(rows, groups):
+    """A loader of the batches that `groups`, lists of row numbers, ask for. It draws from no generator but its own."""
+    return torch.utils.data.DataLoader(rows, batch_sampler=groups, collate_fn=collate, num_workers=cfg.workers, worker_init_fn=in_worker,
+                                       prefetch_factor=4 if cfg.workers else None, generator=torch.Generator())
 
 
 # ------------------------------------------------------------------------------------ optimizer, checkpoint, eval
@@ -179,37 +285,93 @@ optimizers = [torch.optim.AdamW([{"params": [p for n, p in trained.items() if p.
                                 lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)]
 if cfg.muon:                                          # its steps are scaled to the size of AdamW's: one lr serves both
     optimizers.append(torch.optim.Muon(list(matrices.values()), lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+model, *optimizers = accelerator.prepare(model, *optimizers)
+omni, bare = accelerator.unwrap_model(model), [optimizer.optimizer for optimizer in optimizers]
+whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)    # also when sharded
+
 step = 0
 if last:
-    for optimizer, state in zip(optimizers, torch.load(os.path.join(last, "optimizer.pt"), weights_only=True), strict=True):
-        optimizer.load_state_dict(state)
     step = saved["step"]
-    say(f"\nresuming {last}")
-model, *optimizers = accelerator.prepare(model, *optimizers)
-omni = accelerator.unwrap_model(model)
+    states = torch.load(os.path.join(last, "optimizer.pt"), weights_only=True, mmap=True)
+    set_optimizer_state_dict(omni, bare, states, options=whole)
 if main:
     os.makedirs(cfg.out_dir, exist_ok=True)
-    accelerator.init_trackers("tensorboard")
+    accelerator.init_trackers("nanoOmni" if cfg.tracker == "wandb" else "tensorboard")
+history = saved["log"] if saved else []
+
+
+def rng_state():
+    """Of this process: python, numpy, torch, and its GPU."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def set_rng_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def save():
-    """out_dir/step-N/, whole or not at all; then only the newest two stay."""
-    if not main:
-        return
-    folder = os.path.join(cfg.out_dir, f"step-{step:06d}")
-    tmp = folder + ".part"
-    omni.save_pretrained(tmp, tokenizer, tts_tokenizer)
-    torch.save([optimizer.state_dict() for optimizer in optimizers], os.path.join(tmp, "optimizer.pt"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {"step": step, "max_steps": max_steps, "epoch": step / steps_per_epoch, "config": dataclasses.asdict(cfg),
-            "log": history, "git": commit, "processes": world, "device": str(accelerator.device),
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}}
-    with open(os.path.join(tmp, "meta.json"), "w") as f:
-        json.dump(meta, f, indent=1)
-    replace_folder(tmp, folder)
-    for name in sorted(n for n in os.listdir(cfg.out_dir) if n.startswith("step-") and n[5:].isdigit())[:-2]:
-        shutil.rmtree(os.path.join(cfg.out_dir, name))
+    """out_dir/step-N/, whole or not at all; then the newest `keep` and the best one stay. All processes take part, one writes."""
+    weights, states = get_model_state_dict(omni, options=whole), get_optimizer_state_dict(omni, bare, options=whole)
+    rng = gather_object([rng_state()])
+    folder, problem = os.path.join(cfg.out_dir, f"step-{step:06d}"), 0
+    if main:
+        tmp = folder + ".part"
+        shutil.rmtree(tmp, ignore_errors=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        meta = {"step": step, "max_steps": max_steps, "epoch": step / steps_per_epoch, "config": dataclasses.asdict(cfg),
+                "corpus": corpus, "base": base, "git": commit, "processes": world, "device": str(accelerator.device),
+                "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}, "log": history}
+        try:
+            omni.save_pretrained(tmp, tokenizer, tts_tokenizer, {k: w for k, w in weights.items() if k in trained})
+            torch.save(states, os.path.join(tmp, "optimizer.pt"))
+            torch.save(rng, os.path.join(tmp, "rng.pt"))
+            seal(tmp, folder, meta)
+        except Exception as e:                        # a full disk: OSError, RuntimeError or safetensors' own class
+            shutil.rmtree(tmp, ignore_errors=True)
+            size = sum(t.nbytes for x in (weights, states["state"]) for t in torch.utils._pytree.tree_leaves(x) if torch.is_tensor(t))
+            print(f"step {step} cannot be saved: {e}", file=sys.stderr)
+            problem = size
+    problem = int(accelerator.reduce(torch.tensor(float(problem), device=accelerator.device)).item())
+    if problem:
+        fail(f"a checkpoint of {problem / 1e6:.0f} MB does not fit into {cfg.out_dir}, where {shutil.disk_usage(cfg.out_dir).free / 1e6:.0f} MB are "
+             f"free; the checkpoints before it stand: make room, then run the same command again")
+    if main:
+        steps = sorted(n for n in os.listdir(cfg.out_dir) if re.fullmatch(r"step-\d+", n))
+        best = f"step-{best_validation()[1]:06d}"
+        for name in steps[:-cfg.keep]:
+            if name != best:
+                shutil.rmtree(os.path.join(cfg.out_dir, name))
     say(f"saved {folder}")
+
+
+def best_validation():
+    """(loss, step) of the lowest validation loss so far."""
+    return min(((line["val_loss"], line["step"]) for line in history if "val_loss" in line), default=(math.inf, -1))
+
+
+def patience_is_over():
+    return bool(cfg.patience) and sum("val_loss" in x and x["step"] > best_validation()[1] for x in history) >= cfg.patience
+
+
+def export(folder):
+    """out_dir/final/: the whole model of a checkpoint in the released layout, LoRA merged."""
+    if main:
+        shutil.rmtree(final + ".part", ignore_errors=True)
+        try:
+            model, *tokenizers = Omni.from_pretrained(folder)
+            model.merge_lora()
+            model.save_pretrained(final + ".part", *tokenizers)
+            seal(final + ".part", final, {k: v for k, v in read_json(folder, "meta.json").items() if k not in ("files", "base")})
+        except (OSError, ValueError, RuntimeError) as e:
+            shutil.rmtree(final + ".part", ignore_errors=True)
+            fail(f"{final} cannot be written ({e}); make room, then run the same command again")
+    say(f"exported {folder} to {final}")
 
 
 @torch.no_grad()
@@ -217,44 +379,133 @@ def evaluate():
     """Validation loss and share of targets guessed right; in stage 1 also the share of replies that are right to the
     letter, heard from speech alone (greedy). All processes take their part."""
     model.eval()
-    rows = range(min(cfg.eval_dialogues, len(validation_set)))[accelerator.process_index::world]
     totals = torch.zeros(5, device=accelerator.device)         # loss, targets, right, replies right, replies
-    for i in range(0, len(rows), cfg.micro_batch):
-        items = [validation_set[r] for r in rows[i:i + cfg.micro_batch]]
-        totals[:3] += torch.stack(omni(to_device(collate(items)), cfg.stage))     # not DDP: ranks may differ in count
-        if cfg.stage == "stage1":
-            for r, item in zip(rows[i:i + cfg.micro_batch], items):
-                replies = validation_set.rows[r]["replies"]
-                prompt = chat_ids(tokenizer, replies[:-1])
-                text = [t for what, t in omni.generate(prompt, item["mels"], speak=False, max_tokens=40) if what == "text"]
-                totals[3:] += torch.tensor([tokenizer.decode(text) == replies[-1], 1], device=accelerator.device)
+    mine = deal(range(min(max(cfg.eval_dialogues, world), len(validation_set))), positions["validation"])
+    for batch, rows in zip(batches_of(validation_set, mine), mine):
+        totals[:3] += torch.stack((model if sharded else omni)(to_device(batch), cfg.stage))
+        if cfg.stage == "stage1" and not sharded:
+            for r in rows:
+                text, _ = answer(r)
+                totals[3:] += torch.tensor([text == validation_set.rows[r]["replies"][-1], 1], device=accelerator.device)
     model.train()
     loss, n, right, exact, replies = accelerator.reduce(totals).tolist()
     result = {"val_loss": loss / n, "val_accuracy": right / n}
     return result | ({"val_exact": exact / replies} if replies else {})
 
 
+def answer(r):
+    """What the model says in the last turn of a validation dialogue, heard, or in stage 1 TTS read: (text, units)."""
+    replies, hear, text, units = validation_set.rows[r]["replies"], cfg.stage != "stage1_tts", [], []
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):        # training goes on as if nothing had been drawn
+        for what, x in omni.generate(chat_ids(tokenizer, replies[:-1]), validation_set.mels(validation_set.rows[r]) if hear else (), max_tokens=40, temperature=0.3,
+                                     speak=cfg.stage != "stage1", reply=None if hear else tokenizer(replies[-1])["input_ids"]):
+            text += [x] if what == "text" else []
+            units += x if what == "units" else []
+    return tokenizer.decode(text), units
+
+
+def write_samples():
+    """Answers to the first validation dialogues: text, units and sound, in the log, in samples/ and in TensorBoard."""
+    model.eval()
+    board = accelerator.get_tracker("tensorboard").writer if cfg.tracker == "tensorboard" else None
+    os.makedirs(os.path.join(cfg.out_dir, "samples"), exist_ok=True)
+    for r in range(min(cfg.samples, len(validation_set))):
+        (text, units), asked, stem = answer(r), validation_set.rows[r]["users"][-1], os.path.join(cfg.out_dir, "samples", f"step-{step:06d}-{r}")
+        line = f"{asked} -> {text}" + f" | {len(units)} units: {' '.join(map(str, units))}" * bool(units)
+        with open(stem + ".txt", "w") as f:
+            f.write(line + "\n")
+        if board:
+            board.add_text(f"sample {r}", line, step)
+        if units and voice:
+            wav = voice.decode(torch.tensor(units)).cpu().numpy()
+            soundfile.write(stem + ".wav", wav, voice.sample_rate)
+            if board:
+                board.add_audio(f"sample {r}", wav, step, voice.sample_rate)
+        say(f"sample {r}: {line[:160]}")
+    model.train()
+
+
+def remember(split, rows):
+    """Let the frozen networks hear (stage 1) or hear and think (stage 2) each dialogue once, and keep what they make of it."""
+    width = model.config["speech_encoder_hidden_size" if cfg.stage == "stage1" else "hidden_size"]
+    sizes = [5 * speech if cfg.stage == "stage1" else text for speech, text, _, _ in lengths[split]]
+    starts = [0, *itertools.accumulate(sizes)]
+    name = hashlib.sha256(repr((cfg.stage, corpus, base["sha256"], cfg.pad_audio)).encode()).hexdigest()[:16]
+    path = os.path.join(cfg.cache, f"{split}-{name}.bf16")
+    if not os.path.exists(path):
+        os.makedirs(cfg.cache, exist_ok=True)
+        total, free = 2 * width * starts[-1], shutil.disk_usage(cfg.cache).free
+        say(f"cache: {path} will hold {len(sizes):,} dialogues in {total / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
+        if total > free:
+            fail(f"{cfg.cache} has not that much room; choose another --cache, or leave it out")
+        if main:
+            with open(path + ".part", "wb") as file:
+                file.truncate(total)
+        accelerator.wait_for_everyone()
+        mine = [list(range(i, min(i + 16, len(sizes)))) for i in range(16 * rank, len(sizes), 16 * world)]
+        with open(path + ".part", "r+b") as file:
+            for group, batch in zip(tqdm(mine, desc=f"cache, {split}", disable=None if main else True), batches_of(rows, mine)):
+                with accelerator.autocast(), torch.no_grad():
+                    kept = omni.frozen(to_device(batch), cfg.stage).bfloat16().cpu()
+                file.seek(2 * width * starts[group[0]])
+                file.write(kept.view(torch.int16).numpy().tobytes())
+                if stop:
+                    break
+        if asked_to_stop():
+            say("stopped before training; the same command begins again")
+            raise SystemExit(0)
+        if main:
+            os.replace(path + ".part", path)
+        accelerator.wait_for_everyone()
+    rows.keep(path, sizes, width)
+
+
+def compare():
+    """Is the loss what it was when we ran this? Means of five log lines, since one of them is noise."""
+    recent = [line for line in history if "loss" in line][-5:]
+    mean = lambda losses: sum(losses) / len(losses)
+    theirs = [reference["loss"][str(line["step"])] for line in recent if str(line["step"]) in reference["loss"]]
+    if len(theirs) < len(recent):
+        return f"the reference has no step {recent[-1]['step']}"
+    ratio = mean([line["loss"] for line in recent]) / mean(theirs)
+    verdict = "normal" if ratio < TOLERANCE and ratio > 1 / TOLERANCE else "NOT normal, too " + ("high" if ratio > 1 else "low")
+    return f"reference {mean(theirs):.4f}, here {ratio:.2f} times that: {verdict}"
+
+
 # ----------------------------------------------------------------------------------------------------- the loop
 
-stop = False
-def ask_to_stop(number, frame):
-    global stop
-    stop = True
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, ask_to_stop)                # finish the step, save, say how to go on
-
-history = saved["log"] if saved else []
-loader = torch.utils.data.DataLoader(train_set, batch_sampler=list(micro_batches(step)), collate_fn=collate,
-                                     num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
-                                     worker_init_fn=lambda _: (signal.signal(signal.SIGINT, signal.SIG_IGN), torch.set_num_threads(1)))
-if step >= max_steps:
-    say(f"{cfg.out_dir} is complete: {step} steps")
-bar = tqdm(total=max_steps, initial=step, desc=cfg.stage, unit="step", disable=not main, mininterval=1, dynamic_ncols=True)
-batches, clock, done = iter(loader), time.time(), 0
+if os.path.isdir(final):
+    say(f"{cfg.out_dir} is complete: {final}")
+    raise SystemExit(0)
+if cfg.cache:
+    for split, rows in (("train", train_set), ("validation", validation_set)):
+        remember(split, rows)
+voice = load_codec(cfg.codec) if cfg.codec and cfg.stage != "stage1" else None
+if cfg.compare:
+    reference = read_json("runs/reference_curves", f"{cfg.stage}.json")
+    others = [f"{k} {v} there, {getattr(cfg, k)} here" for k, v in reference["config"].items() if v != getattr(cfg, k)]
+    say(f"compare: the reference was made with other settings, so expect another curve: {'; '.join(others)}" if others else
+        f"compare: normal is a loss within {TOLERANCE} times the reference's, over five log lines")
+loader = batches_of(train_set, (rows for at in range(step, max_steps) for rows in plan(at)))
+bar = tqdm(total=max_steps, initial=step, desc=cfg.stage, unit="step", disable=None if main else True, mininterval=1, dynamic_ncols=True)
+batches, clock, done, waited = iter(loader), time.time(), 0, 0.0
 window = torch.zeros(3, device=accelerator.device)    # loss, targets, right since the last log line
+trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+if last and rank < saved["processes"]:
+    set_rng_state(torch.load(os.path.join(last, "rng.pt"), weights_only=True)[rank])    # last, so that nothing draws before the loop
+profiler, first = torch.profiler.profile() if cfg.profile and main else None, step
 model.train()
-while step < max_steps:
-    micro = [to_device(next(batches)) for _ in range(math.ceil(share / cfg.micro_batch))]
+while step < max_steps and not patience_is_over():
+    if profiler and step == first + 3:                # the first steps are not like the others
+        profiler.start()
+    clock_data = time.time()
+    try:
+        micro = [to_device(next(batches)) for _ in plan(step)]
+    except (OSError, ValueError, RuntimeError) as e:  # of a worker, with its traceback: the last line says which row
+        fail(f"step {step} cannot be made: {str(e).strip().splitlines()[-1]}; the last checkpoint stands")
+    waited += time.time() - clock_data
     key = "labels" if cfg.stage == "stage1" else "speech_labels"
     targets = accelerator.reduce(sum((b[key] != IGNORE).sum() for b in micro))     # of the whole global batch
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
@@ -269,35 +520,54 @@ while step < max_steps:
     norm = accelerator.clip_grad_norm_(trained.values(), cfg.clip)
     if accelerator.reduce(bad + ~torch.isfinite(norm)).item():
         names = [name for batch in micro for name in batch["names"]]
-        print(f"step {step}, process {accelerator.process_index}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
+        print(f"step {step}, process {rank}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
         fail(f"stopped before step {step} was taken; the last checkpoint is untouched. Look at the rows above, or lower --lr {cfg.lr}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     step, done = step + 1, done + 1
     bar.update()
+    if profiler and step == min(first + 3 + cfg.profile, max_steps):
+        profiler.stop()
+        profiler.export_chrome_trace(os.path.join(cfg.out_dir, "trace.json"))
+        say(profiler.key_averages().table(sort_by="self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total", row_limit=15))
 
     if step % cfg.log_every == 0 or step == max_steps:
         loss, n, right = accelerator.reduce(window).tolist()
         seconds, clock = time.time() - clock, time.time()
         line = {"step": step, "loss": loss / n, "accuracy": right / n, "grad_norm": norm.item(), "lr": get_lr(step - 1)}
         window.zero_()
-        eta = (max_steps - step) * seconds / done
-        say(f"step {step}/{max_steps} | loss {loss / n:.4f} | acc {right / n:.3f} | norm {norm:.2f} | lr {line['lr']:.2e} | "
-            f"{1000 * seconds / done:.0f} ms/step | {n / seconds:.0f} targets/s | eta {eta / 60:.1f} min")
+        real, computed = sum(map(sum, (b["lengths"] + b["speech_lengths"] for b in micro))), sum(len(b["ids"]) + len(b["speech_ids"]) for b in micro)
+        say(f"step {step}/{max_steps} | loss {loss / n:.4f} | acc {right / n:.3f} | norm {norm:.2f} | lr {line['lr']:.2e} | {1000 * seconds / done:.0f} ms/step, "
+            f"{100 * waited / seconds:.0f} % for data | {n / seconds:.0f} targets/s | {100 * real / computed:.0f} % of positions real | "
+            f"eta {(max_steps - step) * seconds / done / 60:.1f} min")
         history.append(line)
+        if cfg.compare:
+            say(f"step {step}/{max_steps} | {compare()}")
         accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-        done = 0
+        done, waited = 0, 0.0
+    better = False
     if step % cfg.eval_every == 0 or step == max_steps:
+        before, began = best_validation(), time.time()
         result = evaluate()
-        say(f"step {step}/{max_steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()))
         history.append({"step": step} | result)
+        better = result["val_loss"] < before[0]
+        say(f"step {step}/{max_steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()) + " | the best so far" * better)
         accelerator.log(result, step=step)
-    stopping = accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)).item() > 0
-    if step % cfg.save_every == 0 or step == max_steps or stopping:
+        if main and not sharded:
+            write_samples()
+        clock += time.time() - began
+    stopping = asked_to_stop()
+    if step % cfg.save_every == 0 or step == max_steps or stopping or better or patience_is_over():
+        began = time.time()
         save()
+        clock += time.time() - began
     if stopping:
-        say(f"stopped at step {step}; go on with the same command and --resume")
+        say(f"stopped at step {step}; the same command goes on")
         break
 bar.close()
+if patience_is_over():
+    say(f"no better validation for {cfg.patience} times: step {best_validation()[1]} is the one that counts")
+if step >= max_steps or patience_is_over():
+    export(os.path.join(cfg.out_dir, f"step-{best_validation()[1] if cfg.patience else step:06d}"))
 accelerator.end_training()

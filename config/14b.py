@@ -2,4 +2,3 @@
 The 14B of the paper, after a stage's own file: accelerate launch train.py config/stage1.py config/14b.py. Not run here.
 """
 llm = "Qwen/Qwen2.5-14B-Instruct"
-micro_batch = 1

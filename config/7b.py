@@ -2,4 +2,3 @@
 The 7B of the paper, after a stage's own file: accelerate launch train.py config/stage1.py config/7b.py. Not run here.
 """
 llm = "Qwen/Qwen2.5-7B-Instruct"
-micro_batch = 1

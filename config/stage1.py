@@ -9,7 +9,6 @@ llm = "Qwen/Qwen2.5-0.5B-Instruct"
 whisper = "large-v3"
 speech_lm = "Qwen/Qwen2.5-0.5B"
 batch_size = 32
-micro_batch = 4
 epochs = 3
 lr = 5e-5
 eval_every = 500

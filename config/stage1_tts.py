@@ -6,7 +6,6 @@ corpus = "corpus/instructs2s"
 init_from = "out/stage1"
 out_dir = "out/stage1_tts"
 batch_size = 32
-micro_batch = 4
 epochs = 5
 lr = 5e-4
 eval_every = 500

@@ -6,7 +6,6 @@ corpus = "corpus/instructs2s"
 init_from = "out/stage1_tts"
 out_dir = "out/stage2"
 batch_size = 32
-micro_batch = 4
 epochs = 1
 lr = 1e-3
 eval_every = 500

@@ -5,7 +5,7 @@ Stage 1, embedded world: speech -> text. The adapter and the whole LLM learn to 
 stage = "stage1"
 out_dir = "out/tiny_stage1"
 batch_size = 32
-micro_batch = 32
+micro_tokens = 16384
 epochs = 2
 lr = 4e-3
 muon = True
