@@ -32,7 +32,7 @@ python data.py config/data_instructs2s.py --audio_root downloads --limit "$LIMIT
 
 # 3. Three stages. A stage that was stopped goes on where it was; one that is complete says so.
 for stage in stage1 stage1_tts stage2; do
-    launch train.py config/$stage.py --resume
+    launch train.py config/$stage.py
 done
 
 # 4. Spoken replies to held-out questions.
