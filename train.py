@@ -467,7 +467,10 @@ if os.path.isdir(final):
 if cfg.cache:
     for split, rows in (("train", train_set), ("validation", validation_set)):
         remember(split, rows)
-voice = load_codec(cfg.codec) if cfg.codec and cfg.stage != "stage1" else None
+try:
+    voice = load_codec(cfg.codec).to(accelerator.device) if cfg.codec and cfg.stage != "stage1" and main else None
+except (OSError, RuntimeError) as e:
+    fail(f"--codec {cfg.codec}: {e}; leave it out to do without sound")
 if cfg.compare:
     reference = read_json("runs/reference_curves", f"{cfg.stage}.json")
     others = [f"{k} {v} there, {getattr(cfg, k)} here" for k, v in reference["config"].items() if v != getattr(cfg, k)]
