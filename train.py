@@ -452,9 +452,9 @@ def compare():
     theirs = [reference["loss"][str(line["step"])] for line in recent if str(line["step"]) in reference["loss"]]
     if len(theirs) < len(recent):
         return f"the reference has no step {recent[-1]['step']}"
-    ratio = mean([line["loss"] for line in recent]) / mean(theirs)
-    verdict = "normal" if ratio < TOLERANCE and ratio > 1 / TOLERANCE else "NOT normal, too " + ("high" if ratio > 1 else "low")
-    return f"reference {mean(theirs):.4f}, here {ratio:.2f} times that: {verdict}"
+    ours, theirs = mean([line["loss"] for line in recent]), mean(theirs)
+    high, low = ours > TOLERANCE * theirs + 0.02, ours < theirs / TOLERANCE - 0.02
+    return f"reference {theirs:.4f}, here {ours / theirs:.2f} times that: " + ("NOT normal, too high" if high else "NOT normal, too low" if low else "normal")
 
 
 # ----------------------------------------------------------------------------------------------------- the loop
@@ -475,7 +475,7 @@ if cfg.compare:
     reference = read_json("runs/reference_curves", f"{cfg.stage}.json")
     others = [f"{k} {v} there, {getattr(cfg, k)} here" for k, v in reference["config"].items() if v != getattr(cfg, k)]
     say(f"compare: the reference was made with other settings, so expect another curve: {'; '.join(others)}" if others else
-        f"compare: normal is a loss within {TOLERANCE} times the reference's, over five log lines")
+        f"compare: normal is a loss within {TOLERANCE} times the reference's and 0.02, over five log lines")
 loader = batches_of(train_set, (rows for at in range(step, max_steps) for rows in plan(at)))
 bar = tqdm(total=max_steps, initial=step, desc=cfg.stage, unit="step", disable=None if main else True, mininterval=1, dynamic_ncols=True)
 batches, clock, done, waited = iter(loader), time.time(), 0, 0.0
