@@ -24,6 +24,7 @@ The second half of this file is what train.py and eval.py use: `Dialogues` lays 
 import csv
 import ctypes
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -687,6 +688,25 @@ def collate(items):
     if "frozen" in items[0]:
         return batch | {"frozen": torch.cat([item["frozen"] for item in items])}
     return batch | ({"mel": torch.cat(mels, 1), "frames": [m.shape[1] for m in mels]} if mels else {})
+
+
+def deal(rows, positions, limit, processes=1):
+    """Deal out the dialogues of a step to processes and micro-batches.
+
+    rows       their numbers;  positions[row]: how many positions a dialogue takes
+    limit      positions in a micro-batch, unless one dialogue has more
+    Returns    for each process the same number of micro-batches, lists of rows: the longest first, each to the emptiest list.
+    """
+    n = 1
+    while True:
+        heap = [(0, i, []) for i in range(n * processes)]
+        for row in sorted(rows, key=positions.__getitem__, reverse=True):
+            total, i, own = heapq.heappop(heap)
+            heapq.heappush(heap, (total + positions[row], i, [*own, row]))
+        if max(heap)[0] <= limit or (n + 1) * processes > len(rows):
+            lists = [own for _, _, own in sorted(heap, key=lambda x: x[1])]
+            return [lists[rank::processes] for rank in range(processes)]
+        n += 1
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ WINDOW = 3000                 # log-mel frames that Whisper hears at once: 30 s,
 MIN_SECONDS, MAX_SECONDS = 0.1, 600.0  # a clip gives from 1 to 6,000 LLM positions, of which Qwen2.5 has 32,768
 SPEECH = -200                 # input id at a position that holds speech instead of a token
 IGNORE = -100                 # label of a position without loss
-LOGITS = 2 ** 27              # logits that exist at once: 0.5 GB in fp32; 16,000 targets of Qwen2.5's vocabulary would be 10
+LOGITS = 2 ** 26              # logits that exist at once: 0.27 GB in fp32; 16,000 targets of Qwen2.5's vocabulary would be 10
 STAGES = {                    # what each stage trains, by prefix of the parameter's name
     "stage1": ("model.embed_tokens", "model.layers", "model.norm", "lm_head", "model.speech_projector"),
     "stage1_tts": ("speech_generator.model",),

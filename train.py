@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 from codec import load_codec
 from configure import configure, fail
-from data import Dialogues, chat_ids, collate, load_corpus
+from data import Dialogues, chat_ids, collate, deal, load_corpus
 from model import IGNORE, STAGES, UNUSED, Omni, hashes, newest_checkpoint, read_json, seal
 
 
@@ -225,20 +224,6 @@ def order(epoch):
     return random.Random(f"{cfg.seed} {epoch}").sample(range(len(train_set)), len(train_set))
 
 
-def deal(rows, positions):
-    """Deal out rows to processes and micro-batches: for this process, lists of rows of at most micro_tokens positions
-    (or one row that has more), as many lists as every process gets. The longest row first, each to the emptiest list."""
-    n = 1
-    while True:
-        heap = [(0, i, []) for i in range(n * world)]
-        for row in sorted(rows, key=positions.__getitem__, reverse=True):
-            total, i, own = heapq.heappop(heap)
-            heapq.heappush(heap, (total + positions[row], i, own + [row]))
-        if max(heap)[0] <= cfg.micro_tokens or (n + 1) * world > len(rows):
-            return [own for _, i, own in sorted(heap, key=lambda x: x[1])][rank::world]
-        n += 1
-
-
 def cost(split):
     """The positions that each dialogue of a split takes in this stage."""
     think, talk = cfg.stage == "stage1" or cfg.stage == "stage2" and not cfg.cache, cfg.stage != "stage1"
@@ -250,7 +235,7 @@ positions = {split: cost(split) for split in lengths}
 def plan(step):
     """The micro-batches of this process in a step."""
     epoch, i = divmod(step, steps_per_epoch)
-    return deal(order(epoch)[i * cfg.batch_size:(i + 1) * cfg.batch_size], positions["train"])
+    return deal(order(epoch)[i * cfg.batch_size:(i + 1) * cfg.batch_size], positions["train"], cfg.micro_tokens, world)[rank]
 
 
 def to_device(batch):
@@ -380,7 +365,7 @@ def evaluate():
     letter, heard from speech alone (greedy). All processes take their part."""
     model.eval()
     totals = torch.zeros(5, device=accelerator.device)         # loss, targets, right, replies right, replies
-    mine = deal(range(min(max(cfg.eval_dialogues, world), len(validation_set))), positions["validation"])
+    mine = deal(range(min(max(cfg.eval_dialogues, world), len(validation_set))), positions["validation"], cfg.micro_tokens, world)[rank]
     for batch, rows in zip(batches_of(validation_set, mine), mine):
         totals[:3] += torch.stack((model if sharded else omni)(to_device(batch), cfg.stage))
         if cfg.stage == "stage1" and not sharded:
@@ -482,7 +467,10 @@ if os.path.isdir(final):
 if cfg.cache:
     for split, rows in (("train", train_set), ("validation", validation_set)):
         remember(split, rows)
-voice = load_codec(cfg.codec) if cfg.codec and cfg.stage != "stage1" else None
+try:
+    voice = load_codec(cfg.codec).to(accelerator.device) if cfg.codec and cfg.stage != "stage1" and main else None
+except (OSError, RuntimeError) as e:
+    fail(f"--codec {cfg.codec}: {e}; leave it out to do without sound")
 if cfg.compare:
     reference = read_json("runs/reference_curves", f"{cfg.stage}.json")
     others = [f"{k} {v} there, {getattr(cfg, k)} here" for k, v in reference["config"].items() if v != getattr(cfg, k)]

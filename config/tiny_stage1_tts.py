@@ -10,5 +10,6 @@ micro_tokens = 16384
 epochs = 1.2
 lr = 6e-3
 muon = True
+codec = "tiny/codec.pt"
 eval_every = 200
 save_every = 200

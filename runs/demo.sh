@@ -18,7 +18,7 @@ step() {                               # step "name" "why" command...
     printf '=== %s: %d s on %s\n' "$name" $((SECONDS - start)) "$machine"
 }
 setup() { source runs/setup.sh; }
-train() { accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py "$1" --resume; }
+train() { accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py "$1"; }
 
 cd "$(dirname "$0")/.."
 step "environment" "A virtual environment with the packages of requirements.txt." setup
