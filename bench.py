@@ -4,7 +4,7 @@ How long, how much memory: the README's figures of speed and size come from here
 How: python bench.py                      all of it
      python bench.py --what sizes         parameters of each part and memory of each stage, by arithmetic
      python bench.py --what stream        what the 50th chunk of a spoken reply costs, against the 2nd
-     python bench.py --what data          seconds and memory that data.py takes for 1,000 dialogues of the released JSON
+     python bench.py --what data          seconds and memory that data.py takes for dialogues of the released form
      python bench.py --what train         tokens a second in training, share that is useful, memory, MFU, against a trainer that pads
      python bench.py --what loss          memory of the loss over Qwen2.5's vocabulary, logits whole and in pieces
 The last line is JSON with all figures.
@@ -53,6 +53,8 @@ class BenchConfig:
     dialogues: tuple[int, ...] = (1000, 4000, 16000)          # data: sizes of the made-up corpora
 
     def __post_init__(self):
+        if min(self.chunk, self.head_dim, *self.dialogues) < 1:
+            raise ValueError("chunk, head_dim and dialogues must be at least 1")
         unknown = set(self.what) - {"sizes", "stream", "data", "train", "loss"}
         if unknown:
             raise ValueError(f"what: {', '.join(unknown)} is none of sizes, stream, data, train, loss")
@@ -99,7 +101,7 @@ def stream(cfg, chunks=50, repeats=5):
         with tempfile.NamedTemporaryFile(suffix=".pt") as voice:
             torch.save(torch.zeros(1, 192), voice.name)
             codec = CosyVoice2.load(cfg.codec, voice.name, head_dim=cfg.head_dim, chunk=cfg.chunk)
-    except (OSError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     codec.to("cuda" if torch.cuda.is_available() else "cpu")
     units = torch.randint(0, UNIT_VOCAB, (cfg.chunk * chunks + LOOKAHEAD,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -130,12 +132,14 @@ def data(cfg):
                                  {"from": "gpt", "text": "An answer of a few words.", "unit": [rng.randrange(UNIT_VOCAB) for _ in range(475)]}]
             with open(f"{folder}/made_up.json", "w") as f:
                 json.dump([{"id": f"d{i}", "conversation": turn(i, 0) + turn(i, 1)} for i in range(n)], f, indent=1)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, "data.py", "config/data_instructs2s.py", "--path", f"{folder}/made_up.json", "--out_dir",
-                            f"{folder}/corpus"], check=True, stdout=subprocess.DEVNULL, cwd=os.path.dirname(os.path.abspath(__file__)))
-            seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        result[n] = {"seconds_per_1000": 1000 * seconds / n, "peak_GB": memory}
-        print(f"data: {n} dialogues without audio: {seconds:.1f} s, {1000 * seconds / n:.2f} s per 1,000; largest process {memory:.2f} GB")
+                            f"{folder}/corpus", "--processes", "1"], check=True, stdout=subprocess.DEVNULL,
+                           cwd=os.path.dirname(os.path.abspath(__file__)))
+            seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu, memory = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, used.ru_maxrss / 1e6
+        result[n] = {"seconds": seconds, "cpu_seconds": cpu, "peak_GB": memory}
+        print(f"data: {n} dialogues without audio, one process: {seconds:.1f} s, {cpu:.1f} s of CPU time; at most {memory:.2f} GB")
     return result
 
 

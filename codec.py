@@ -15,7 +15,7 @@ train at that pitch, and a filter for noise.
 """
 import math
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 
 import numpy
@@ -28,6 +28,16 @@ UNIT_RATE = 25                # units per second
 FSQ_DIMS, FSQ_LEVELS = 8, 3   # 3 ** 8 = 6561 codes
 UNIT_VOCAB = FSQ_LEVELS ** FSQ_DIMS
 LOOKAHEAD = 3                 # units that the decoder must see beyond the one that it renders, as in CosyVoice 2
+
+
+def read_tensors(path):
+    """A file that torch.save wrote -> what it holds; nothing in it is executed. Raises FileNotFoundError, or RuntimeError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:                                # of another file: any error at all, with advice that is not ours
+        raise RuntimeError(f"{path} is no file of tensors, or damaged ({type(e).__name__}); copy or download it again") from e
 
 
 class FSQ(nn.Module):
@@ -185,7 +195,9 @@ class NanoCodec(nn.Module):
     @classmethod
     def load(cls, path):
         """Read what `save` wrote. Raises FileNotFoundError, or RuntimeError that names the tensor that is amiss."""
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        file = read_tensors(path)
+        if not isinstance(file, dict) or not {"dim", "phonemes", "weights"} <= file.keys():
+            raise RuntimeError(f"{path} is no nano codec; of CosyVoice 2 give the folder")
         codec = cls(file["dim"], file["phonemes"])
         codec.load_state_dict(file["weights"])
         return codec.eval()
@@ -206,9 +218,10 @@ class Weights(dict):
     `weight_g` and `weight_v`, `parametrizations.weight.original0` and `original1`, or plain `weight`."""
 
     def __init__(self, path):
-        self.path = path
-        super().__init__((name.removeprefix("generator."), x.float())
-                         for name, x in torch.load(path, map_location="cpu", weights_only=True).items())
+        self.path, tensors = path, read_tensors(path)
+        if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+            raise RuntimeError(f"{path} is no state dict: it must hold tensors by name")
+        super().__init__((name.removeprefix("generator."), x.float()) for name, x in tensors.items())
         for g, v in ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1")):
             for name in [n.removesuffix(v) for n in self if n.endswith(v)]:
                 x, scale = self.pop(name + v), self[name + g]
@@ -368,6 +381,8 @@ class Estimator(nn.Module):
         time, size = w[name + "time_mlp.linear_1.weight"].shape
         mels, dim, _ = w[name + "final_proj.weight"].shape
         inner, ffn = (w[name + f"down_blocks.0.1.0.{n}.weight"].shape[0] for n in ("attn1.to_q", "ff.net.0.proj"))
+        if inner % head_dim:
+            raise RuntimeError(f"{w.path}: the estimator's attention is {inner} wide, which heads of {head_dim} do not divide")
         n_blocks = w.count(name + "down_blocks.0.1.")
 
         def stage(size, *conv):
@@ -564,15 +579,20 @@ class HiFT(nn.Module):
 
 @lru_cache
 def onnx_session(path):
-    """A network that the released folder holds as ONNX. Raises FileNotFoundError, or RuntimeError without onnxruntime."""
+    """A network that the released folder holds as ONNX. Raises FileNotFoundError, or RuntimeError that says what is amiss."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"there is no {path}; download the whole folder")
     try:
         import onnxruntime
     except ImportError:
         raise RuntimeError(f"{path} needs onnxruntime: pip install onnxruntime") from None
     use = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in onnxruntime.get_available_providers()]
-    return onnxruntime.InferenceSession(path, providers=use)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()        # data.py's processes have one each
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=use)
+    except Exception as e:                                # its own classes
+        raise RuntimeError(f"{path} cannot be read ({type(e).__name__}); download it again") from e
 
 
 def fbank(wav):
@@ -593,27 +613,45 @@ def fbank(wav):
 def read_voice(folder, voice=None):
     """The speaker's vector (1, 192) that the flow is told. voice: a .npy or .pt file of it, an audio file (campplus.onnx then
     computes it), the name of a voice in the folder's spk2info.pt, or None: the first there.
-    Raises FileNotFoundError, or ValueError that says what was found instead."""
-    path = os.path.join(folder, "spk2info.pt") if voice is None or not os.path.exists(voice) else voice
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no voice: neither {voice} nor {path} is there; give a .npy, a .pt or an audio file")
-    if path.endswith(".npy"):
-        x = torch.from_numpy(numpy.load(path))
-    elif path.endswith(".pt"):
-        x = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(x, dict):                           # spk2info.pt: name -> {"embedding": (1, 192), ...}
-            name = voice if voice in x else next(iter(x), None)
-            if voice not in (None, path, name) or name is None:
-                raise ValueError(f"{path} has no voice {voice!r}; it has {', '.join(x)}")
-            x = x[name]["embedding"]
+    Raises FileNotFoundError, ValueError or RuntimeError, which say what was found instead."""
+    if voice is None or not os.path.isfile(voice):
+        table = os.path.join(folder, "spk2info.pt")       # name -> {"embedding": (1, 192), ...}; often missing or empty
+        voices = read_tensors(table) if os.path.exists(table) else {}
+        name = next(iter(voices), None) if voice is None else voice
+        if name not in voices:
+            raise ValueError(f"no voice{f' {voice!r}' * bool(voice)}: {table} has {', '.join(voices) or 'none'}; give --voice, "
+                             "a clip of the speaker or a .npy or .pt of his vector")
+        voice, x = f"{table}, {name}", voices[name]["embedding"]
+    elif voice.endswith(".npy"):
+        try:
+            x = torch.from_numpy(numpy.load(voice))
+        except (ValueError, TypeError, EOFError) as e:
+            raise ValueError(f"{voice} holds no array of numbers; write it with numpy.save") from e
+    elif voice.endswith(".pt"):
+        x = read_tensors(voice)
     else:
         from data import read_audio                       # here, because data.py imports this file
-        wav = read_audio(path)
+        wav = read_audio(voice)
         session = onnx_session(os.path.join(folder, "campplus.onnx"))
         x = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: fbank(wav)[None].numpy()})[0])
-    if x.numel() != 192:
-        raise ValueError(f"{path}: a speaker's vector has 192 numbers, this has shape {tuple(x.shape)}")
+    if not torch.is_tensor(x) or x.numel() != 192:
+        raise ValueError(f"{voice}: a speaker's vector has 192 numbers, here are {x.numel() if torch.is_tensor(x) else 'none'}")
     return x.reshape(1, 192).float()
+
+
+def tokenize(folder, wav):
+    """wav (samples,) at 16 kHz -> units (U,), one for each 40 ms begun, by the folder's speech_tokenizer_v2.onnx. Clips over
+    30 s, its limit, are cut into pieces of 30 s that share 4 s with the next; of those, each piece gives 2 s."""
+    session = onnx_session(os.path.join(folder, "speech_tokenizer_v2.onnx"))
+    feats, length = (x.name for x in session.get_inputs())
+    mel = whisper.log_mel_spectrogram(wav.cpu().float(), 128)                              # (128, T) 100 Hz
+    window, shared, half, units = 3000, 400, 50, []                                        # 100 Hz, 100 Hz, 25 Hz
+    for start in range(0, max(1, mel.shape[1] - shared), window - shared):
+        piece = mel[None, :, start:start + window].contiguous()
+        got = session.run(None, {feats: piece.numpy(), length: numpy.array([piece.shape[2]], numpy.int32)})[0].reshape(-1)
+        more = start + window < mel.shape[1]
+        units.append(torch.from_numpy(got)[half * (start > 0):len(got) - half * more].long())
+    return torch.cat(units)
 
 
 class CosyVoice2(nn.Module):
@@ -637,20 +675,9 @@ class CosyVoice2(nn.Module):
         flow, hift = Weights(os.path.join(folder, "flow.pt")), Weights(os.path.join(folder, "hift.pt"))
         return cls(folder, flow.into(Flow(flow, **sizes)), hift.into(HiFT(hift)), read_voice(folder, voice)).eval()
 
-    @torch.no_grad()
     def encode(self, wav):
-        """wav (samples,) at 16 kHz -> units (U,), one for each 40 ms begun. Clips over 30 s, the tokenizer's limit, are cut
-        into pieces of 30 s that share 4 s with the next; of those, each piece gives 2 s."""
-        session = onnx_session(os.path.join(self.folder, "speech_tokenizer_v2.onnx"))
-        feats, length = (x.name for x in session.get_inputs())
-        mel = whisper.log_mel_spectrogram(wav.cpu().float(), 128)                          # (128, T) 100 Hz
-        window, shared, half, units = 3000, 400, 50, []                                    # 100 Hz, 100 Hz, 25 Hz
-        for start in range(0, max(1, mel.shape[1] - shared), window - shared):
-            piece = mel[None, :, start:start + window].contiguous()
-            got = session.run(None, {feats: piece.numpy(), length: numpy.array([piece.shape[2]], numpy.int32)})[0].reshape(-1)
-            more = start + window < mel.shape[1]
-            units.append(torch.from_numpy(got)[half * (start > 0):len(got) - half * more].long())
-        return torch.cat(units)
+        """wav (samples,) at 16 kHz -> units (U,)."""
+        return tokenize(self.folder, wav)
 
     def advance(self, state, units, final):
         """One reply's next units (a list) -> the mel frames (1, 80, n >= 0) that are now certain: those of whole chunks
@@ -715,5 +742,21 @@ class CosyVoice2(nn.Module):
 
 def load_codec(path, voice=None):
     """A file that NanoCodec.save wrote, or a folder with CosyVoice 2's flow.pt and hift.pt -> the codec. voice: see
-    `read_voice`. Raises FileNotFoundError, or RuntimeError that names the tensor that is amiss."""
-    return CosyVoice2.load(path, voice) if os.path.isdir(path) else NanoCodec.load(path)
+    `read_voice`. Raises FileNotFoundError, ValueError, or RuntimeError that names the tensor that is amiss."""
+    if os.path.isdir(path):
+        return CosyVoice2.load(path, voice)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no codec {path}; `git checkout tiny` brings back the nano codec, `hf download "
+                                "ICTNLP/cosy2_decoder --local-dir ...` gets CosyVoice 2's folder")
+    if voice:
+        raise ValueError(f"--voice {voice} is for CosyVoice 2; the nano codec {path} has one voice")
+    return NanoCodec.load(path)
+
+
+def load_encoder(path):
+    """What data.py needs of a codec: a function wav (samples,) at 16 kHz -> units (U,). Of CosyVoice 2's folder it opens the
+    tokenizer alone, neither decoder nor voice. Raises as `load_codec`."""
+    if not os.path.isdir(path):
+        return load_codec(path).encode
+    onnx_session(os.path.join(path, "speech_tokenizer_v2.onnx"))      # rather now than at the first row
+    return partial(tokenize, path)

@@ -52,7 +52,7 @@ import soundfile
 import torch
 from datasets import Audio, Features, List, Value, load_from_disk
 
-from codec import UNIT_RATE, UNIT_VOCAB, load_codec
+from codec import UNIT_RATE, UNIT_VOCAB, load_encoder
 from configure import configure, did_you_mean, fail
 from model import IGNORE, MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, SPEECH, clip_frames, expand_speech, log_mel, speech_positions, speech_sequence
 from tiny.world import ASSISTANT, SPLITS, dialogue, draw_voice, speak
@@ -233,6 +233,8 @@ def read_audio(path):
         raise ValueError(f"{path}: cannot be read as audio; give a WAV, FLAC, OGG or MP3 file") from e
     if not 8000 <= info.samplerate <= 192000:
         raise ValueError(f"{path}: its sample rate is {info.samplerate} Hz; it must be from 8000 to 192000")
+    if info.channels > 16:                            # a small file may declare 1,024 of them, and fill the memory
+        raise ValueError(f"{path}: it has {info.channels} channels; it must have at most 16")
     seconds = info.frames / info.samplerate
     if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise ValueError(f"{path}: it lasts {seconds:.2f} s; a clip must last from {MIN_SECONDS} to {MAX_SECONDS:.0f} s")
@@ -306,7 +308,7 @@ def to_units(units):
     """A list of integers, or a text of them such as "12 7" or "[12, 7]" -> a list of integers. Raises LeftOut unless each
     is in 0 .. 6560 and there is one."""
     if isinstance(units, str) and re.fullmatch(r"[-\d\s,\[\]]*", units):
-        units = [int(u) for u in re.findall(r"-?\d+", units)]
+        units = [int(u) for u in re.findall(r"-?\d{1,9}", units)]      # int() refuses a text of thousands of digits
     if not isinstance(units, list) or not units or not all(type(u) is int for u in units):
         raise LeftOut("no units, or no whole numbers", repr(units)[:80])
     if min(units) < 0 or max(units) >= UNIT_VOCAB:
@@ -316,8 +318,8 @@ def to_units(units):
 
 # ----------------------------------------------------------------------------------------------------- building
 
-def make_row(cfg, codec, number, record):
-    """Record `number` of the source -> (split, row of the corpus). Raises LeftOut."""
+def make_row(cfg, encode, number, record):
+    """Record `number` of the source -> (split, row of the corpus). encode: speech -> units. Raises LeftOut."""
     turns = parse(cfg, record)
     n, name = len(turns["replies"]), str(turns["id"] or number)
     for text in (name, *turns["users"], *turns["replies"]):
@@ -342,7 +344,7 @@ def make_row(cfg, codec, number, record):
     if cfg.source == "instructs2s":
         units = [to_units(u) for u in turns["units"]]
     else:
-        units = [codec.encode(recording(cfg, path) if path else say(cfg, text, cfg.assistant)).tolist()
+        units = [encode(recording(cfg, path) if path else say(cfg, text, cfg.assistant)).tolist()
                  for text, path in zip(turns["replies"], turns.get("said") or [None] * n)]
     return split, {"id": name, "voice": voice, "topics": turns.get("topics", [""] * n), "users": turns["users"], "speech": speech,
                    "samples": samples, "replies": turns["replies"], "answers": turns.get("answers", [""] * n), "units": units}
@@ -360,7 +362,7 @@ def marker(cfg, number):
     return os.path.join(cfg.out_dir, "shards", f"{number:05d}.json")
 
 
-def write_shard(cfg, codec, number, numbered):
+def write_shard(cfg, encode, number, numbered):
     """The rows of a shard, in an Arrow file for each split, and then its marker. numbered: iterable of (number, record)."""
     start, left, buffers = time.time(), [], {split: [] for split in SPLITS}
     figures = {split: Counter(dialogues=0, turns=0, seconds=0, units=0) for split in SPLITS}
@@ -374,7 +376,7 @@ def write_shard(cfg, codec, number, numbered):
     for i, record in numbered:
         try:
             record = from_json(record) if isinstance(record, str) else record
-            split, row = make_row(cfg, codec, i, record)
+            split, row = make_row(cfg, encode, i, record)
         except LeftOut as e:
             left.append({"record": i, "id": record.get("id") if isinstance(record, dict) else None,
                          "reason": e.args[0], "detail": e.args[1]})
@@ -404,11 +406,11 @@ def work(cfg, processes, process):
     """One of the processes of this rank: read the source from its beginning, and write the shards that are this process's
     and not there yet. Returns how many shards there are in all."""
     torch.set_num_threads(1)                          # one of several processes
-    codec = None if cfg.source == "instructs2s" else load_codec(cfg.codec)
+    encode = None if cfg.source == "instructs2s" else load_encoder(cfg.codec)
     number = -1
     for number, numbered in itertools.groupby(enumerate(records(cfg)), lambda x: x[0] // cfg.shard):
         if number % WORLD == RANK and number // WORLD % processes == process and not os.path.exists(marker(cfg, number)):
-            write_shard(cfg, codec, number, numbered)
+            write_shard(cfg, encode, number, numbered)
     return number + 1
 
 
@@ -460,15 +462,15 @@ def claim(cfg):
     """Make out_dir the folder of this corpus: meta.json holds the settings, and nothing else may be built there. fail()
     if something is there already, or missing."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("processes", "out_dir")}
-    for key in ("path", "codec"):                     # it is the content that counts
+    mend = {"path": "the file of the dialogues", "codec": "the nano codec's file, or CosyVoice 2's folder"}
+    for key in mend:                                  # it is the content that counts
         if cfg.source != ("tiny" if key == "path" else "instructs2s"):
             try:
                 name = getattr(cfg, key)              # of CosyVoice 2, a folder, the tokenizer makes the units
                 with open(os.path.join(name, "speech_tokenizer_v2.onnx") if os.path.isdir(name) else name, "rb") as f:
                     settings[f"{key}_sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
             except OSError as e:
-                mend = {"codec": "run `python tiny/backbones.py` first, it trains one", "path": "give the file of the dialogues"}
-                fail(f"there is no {key} {getattr(cfg, key)} ({e.strerror}); {mend[key]}")
+                fail(f"there is no {key} {getattr(cfg, key)} ({e.strerror}); give {mend[key]}")
     if cfg.audio_root:
         settings["audio_root"] = os.path.abspath(cfg.audio_root)
         if not os.path.isdir(cfg.audio_root):
@@ -489,18 +491,31 @@ def claim(cfg):
         fail(f"--out_dir {cfg.out_dir} cannot be written ({e.strerror}); choose another")
 
 
-def main():
-    cfg = configure(DataConfig)
-    claim(cfg)
-    if os.path.exists(os.path.join(cfg.out_dir, "dataset_dict.json")):
-        print(f"{cfg.out_dir} is complete already")
-        return report(cfg)
-    if cfg.source in ("folder", "text"):              # a synthesiser that cannot say one word would cost all the rows
+def try_out(cfg):
+    """Do the tools work? A codec that does not load would stop every process, a synthesiser that cannot say one word would
+    cost all the rows. fail() if not, before anything is written."""
+    if cfg.source != "instructs2s":
+        try:
+            load_encoder(cfg.codec)
+        except (OSError, ValueError, RuntimeError) as e:
+            fail(e)
+    if cfg.source in ("folder", "text"):
         for voice in (*cfg.voices, cfg.assistant):
             try:
                 say(cfg, "Hello.", voice)
             except LeftOut as e:
                 fail(f"voice {voice!r} does not speak: {e.args[1]}; try --tts, --voices and --assistant by hand first")
+
+
+def main():
+    cfg = configure(DataConfig)
+    complete = os.path.exists(os.path.join(cfg.out_dir, "dataset_dict.json"))
+    if not complete:
+        try_out(cfg)
+    claim(cfg)
+    if complete:
+        print(f"{cfg.out_dir} is complete already")
+        return report(cfg)
     processes = max(1, cfg.processes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))     # the ranks of a machine share it
     try:
         if processes == 1:
@@ -523,8 +538,10 @@ def main():
         fail(f"{cfg.path} holds no dialogues")
     join(cfg, shards)
     report(cfg)
-    print(f"\nThe corpus is {cfg.out_dir}. Next: accelerate launch train.py "
-          + ("config/tiny_stage1.py" if cfg.source == "tiny" else f"config/stage1.py --corpus {cfg.out_dir}"))
+    heard = cfg.source != "instructs2s" or cfg.audio_root
+    print(f"\nThe corpus is {cfg.out_dir}. Next: accelerate launch train.py " + (
+        "config/tiny_stage1.py" if cfg.source == "tiny" else f"config/stage1.py --corpus {cfg.out_dir}" if heard else
+        f"config/stage1_tts.py --init_from none --corpus {cfg.out_dir}"))
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -109,16 +109,14 @@ def hear(job):
     return decoder.hyp().hypstr if decoder.hyp() else ""
 
 
-def hear_all(wavs, arpa):
+def hear_all(pool, wavs, arpa):
     """Many clips, on all cores."""
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        return list(tqdm(pool.imap(hear, [(w, arpa) for w in wavs], chunksize=8), total=len(wavs), desc="recognising", leave=False))
+    return list(tqdm(pool.imap(hear, [(w, arpa) for w in wavs], chunksize=8), total=len(wavs), desc="recognising", leave=False))
 
 
-def speak_all(texts):
+def speak_all(pool, texts):
     from tiny import world
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        return pool.starmap(world.speak, [(t, world.ASSISTANT) for t in texts], chunksize=32)
+    return pool.starmap(world.speak, [(t, world.ASSISTANT) for t in texts], chunksize=32)
 
 
 # ------------------------------------------------------------------------------------------------------- table
@@ -136,10 +134,15 @@ class EvalConfig:
     runs: tuple[str, ...] = ()         # the runs of the three stages: draw their losses and a reply into demo.png
     keep: int = 6                      # how many dialogues are kept in the gallery
     text: bool = False                 # text alone: exact and S2T, for a checkpoint of stage 1
+    max_units: int = 1024              # longest speech, in units of 40 ms
     temperature: float = 0.3           # of the units
     top_p: float = 1.0                 # of the units
     repeats: float = 0.0               # of the units, see sample.py
     seed: int = 1337                   # of the sampling
+
+    def __post_init__(self):
+        if self.dialogues < 1:
+            raise ValueError("dialogues must be at least 1")
 
 
 def picture(path, runs, turn, question, reply, rate):
@@ -169,9 +172,8 @@ def picture(path, runs, turn, question, reply, rate):
 
 
 @torch.inference_mode()
-def typed(llm, rows):
-    """For each turn of the rows: is the answer of the text model at `llm` right to the letter, the user's words typed?"""
-    model, tokenizer = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32), Qwen2Tokenizer.from_pretrained(llm)
+def typed(model, tokenizer, rows):
+    """For each turn of the rows: is the answer of the text model right to the letter, the user's words typed?"""
     end, right = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
     for row in tqdm(rows, desc="typing", unit="dialogue", leave=False):
         messages = []
@@ -190,8 +192,8 @@ def gallery(folder, turns):
     lines = ["| | asked | answered | heard by pocketsphinx | |", "|---|---|---|---|---|"]
     for t in turns:
         mark = "right" if t["text"] == t["reference"] else f"wrong: {t['reference']}"
-        link = lambda key: f"[{'▶'}]({os.path.basename(t[key])})"
-        lines.append(f"| {t['id'].split('-')[1].lstrip('0') or 0}.{t['turn'] + 1} | {link('question_file')} {t['question']} | "
+        link = lambda key: f"[▶]({os.path.basename(t[key])})"
+        lines.append(f"| {t['dialogue']}.{t['turn'] + 1} | {link('question_file')} {t['question']} | "
                      f"{link('reply_file')} {t['text']} | {t['heard_bigram']} | {mark} |")
     with open(f"{folder}/gallery.md", "w") as f:
         f.write("\n".join(lines) + "\n")
@@ -201,23 +203,26 @@ def main():
     cfg = configure(EvalConfig)
     from codec import load_codec
     from data import clips, load_corpus
-    from model import Omni, log_mel
+    from model import Omni, log_mel, newest_checkpoint
     from sample import SampleConfig, answer
     torch.manual_seed(cfg.seed)
     device = accelerate.PartialState().device
     rows = load_corpus(cfg.corpus, cfg.split)
     rows = rows.select(range(min(cfg.dialogues, len(rows))))
-    try:
-        omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
+    for run in cfg.runs:
+        if not newest_checkpoint(run):
+            fail(f"--runs: there is no checkpoint in {run}")
+    try:                                              # whatever is missing is said now, not after the answers
+        how = SampleConfig(max_units=cfg.max_units, temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
         codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
+        text_model = Qwen2ForCausalLM.from_pretrained(cfg.llm, dtype=torch.float32), Qwen2Tokenizer.from_pretrained(cfg.llm)
+        omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
+        os.makedirs(cfg.out, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     omni.eval().to(device)
-    os.makedirs(cfg.out, exist_ok=True)
     gate = []                                         # how much of each row comes from the LLM's state, 0 to 1
     omni.speech_generator.gate.register_forward_hook(lambda module, inputs, g: gate.append(g))
-    how = SampleConfig(temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
-
     turns = []
     for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
         questions = clips(row)
@@ -226,46 +231,52 @@ def main():
         for t in range(len(mels)):
             text, wav, notes, (first_text, first_audio, seconds) = answer(omni, tokenizer, codec, mels[:t + 1], said, how)
             said.append(text)
-            turns.append({"id": row["id"], "turn": t, "topic": row["topics"][t], "question": row["users"][t],
+            turns.append({"id": row["id"], "dialogue": d, "turn": t, "topic": row["topics"][t], "question": row["users"][t],
                           "reference": row["replies"][t], "answer": row["answers"][t], "text": text, "notes": notes,
                           "wav": wav, "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
             if d < cfg.keep:
-                turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{row['id']}-{t + 1}-{n}.ogg" for n in ("question", "reply"))
+                turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{d}-{t + 1}-{n}.ogg" for n in ("question", "reply"))
                 soundfile.write(turns[-1]["question_file"], questions[t].numpy(), 16000, subtype="OPUS")
                 if codec:
                     soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate, subtype="OPUS")
     share = lambda hits: 100 * sum(hits) / max(1, len(hits))
     result = {"dialogues": len(rows), "turns": len(turns),
               "exact": share([t["text"] == t["reference"] for t in turns]),
-              "exact_typed": share(typed(cfg.llm, rows)),
-              "s2t": share([occurs(t["answer"], t["text"]) for t in turns]),
-              "exact_needing_history": share([t["text"] == t["reference"] for t in turns if t["topic"] == "recalling"])}
+              "exact_typed": share(typed(*text_model, rows))}
+    answers = any(t["answer"] for t in turns)         # the embedded world's corpus alone has them
+    if answers:
+        result |= {"s2t": share([occurs(t["answer"], t["text"]) for t in turns]),
+                   "exact_needing_history": share([t["text"] == t["reference"] for t in turns if t["topic"] == "recalling"])}
     print(f"\n{'topic':14}{'turns':>7}{'exact %':>9}")
     for topic, n in Counter(t["topic"] for t in turns).most_common():
         print(f"{topic:14}{n:7}{share([t['text'] == t['reference'] for t in turns if t['topic'] == topic]):9.1f}")
     if codec:
         texts = [t["text"] for t in turns]
         spoken = [librosa.resample(t["wav"], orig_sr=codec.sample_rate, target_sr=16000) for t in turns]
-        original = speak_all([t if t.strip() else "no" for t in texts])
         replies = [r for row in load_corpus(cfg.corpus, "train")["replies"] for r in row]
         known = set(replies)
         result["new_replies"] = sum(t not in known for t in texts)      # said in no dialogue of training
-        for name, bigram in (("bigram", True), ("word_loop", False)):
-            arpa = language_model(replies, bigram)
-            heard, heard_original = hear_all(spoken, arpa), hear_all(original, arpa)
+        arpas = {"bigram": language_model(replies, True), "word_loop": language_model(replies, False)}
+        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+            original = speak_all(pool, [t if t.strip() else "no" for t in texts])
+            judged = {name: (hear_all(pool, spoken, arpa), hear_all(pool, original, arpa)) for name, arpa in arpas.items()}
+        for name, (heard, heard_original) in judged.items():
             result[f"wer_{name}"] = 100 * word_error_rate(texts, heard)
             result[f"wer_{name}_original"] = 100 * word_error_rate(texts, heard_original)
             result[f"wer_{name}_excess"] = result[f"wer_{name}"] - result[f"wer_{name}_original"]
-            result[f"s2s_{name}"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard)])
-            result[f"s2s_{name}_original"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard_original)])
+            if answers:
+                result[f"s2s_{name}"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard)])
+                result[f"s2s_{name}_original"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard_original)])
             fresh = [(t, o, h) for t, o, h in zip(texts, heard_original, heard) if t not in known]
             if fresh:
                 said, o, h = zip(*fresh)
                 result[f"wer_{name}_excess_new_replies"] = 100 * (word_error_rate(said, h) - word_error_rate(said, o))
             for t, h in zip(turns, heard):
                 t[f"heard_{name}"] = h
-        result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / 16000)
-        result["first_audio_ms"] = 1000 * float(np.median([t["first_audio"] for t in turns if t["first_audio"]]))
+        sounding = [t["first_audio"] for t in turns if t["first_audio"]]
+        if sounding:                                  # an early checkpoint may be silent throughout
+            result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / 16000)
+            result["first_audio_ms"] = 1000 * float(np.median(sounding))
         if gate:
             g = torch.stack(gate).float()
             result |= {"gate_mean": float(g.mean()), "gate_spread": float(g.std())}

@@ -48,6 +48,8 @@ class SampleConfig:
             raise ValueError("temperature must be 0 or more, top_p above 0 and at most 1, repeats from 0 to 1")
         if self.max_tokens < 1 or self.max_units < 1:
             raise ValueError("max_tokens and max_units must be at least 1")
+        if os.path.splitext(self.out)[1][1:].upper() not in soundfile.available_formats():
+            raise ValueError(f"out is {self.out!r}; it must end in .wav, .flac, .ogg or another format that soundfile writes")
 
 
 def answer(omni, tokenizer, codec, mels, replies, cfg, on_text=lambda piece: None, on_audio=lambda piece: None):
@@ -99,6 +101,8 @@ def main():
     cfg = configure(SampleConfig)
     torch.manual_seed(cfg.seed)
     device = accelerate.PartialState().device
+    if not os.access(os.path.dirname(cfg.out) or ".", os.W_OK):
+        fail(f"--out {cfg.out}: there is no such folder, or it cannot be written")
     try:
         if cfg.wav:
             questions = [read_audio(path) for path in cfg.wav]
@@ -110,8 +114,8 @@ def main():
             row = rows[cfg.index]
             questions = clips(row)
             asked = [f"{text}   (voice {row['voice']})" for text in row["users"]]
+        codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)     # before a checkpoint is downloaded
         omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
-        codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
         mels = [log_mel(q, omni.model.speech_encoder.n_mels, cfg.pad_audio) for q in questions]
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)

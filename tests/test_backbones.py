@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from codec import NanoCodec
 from eval import hear, language_model, typed, word_error_rate
@@ -50,7 +51,7 @@ def test_qwen2():
     rng = random.Random(7)
     dialogues = [world.dialogue(rng, "test") for _ in range(40)]
     rows = [{"users": [t["user"] for t in d], "replies": [t["assistant"] for t in d]} for d in dialogues]
-    right = typed(TINY / "qwen2", rows)
+    right = typed(Qwen2ForCausalLM.from_pretrained(TINY / "qwen2"), Qwen2Tokenizer.from_pretrained(TINY / "qwen2"), rows)
     assert 100 * sum(right) / len(right) > logged("qwen2: exact answers to unseen typed questions:") - 5
 
 

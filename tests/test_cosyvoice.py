@@ -1,20 +1,25 @@
 """CosyVoice 2's decoder against numbers that the official code computed on small random weights
 (tests/data/cosyvoice2_decoder, or the folder in GOLDEN_DECODER_DIR), and against itself: streamed, batched, respelled."""
 import json
+import math
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import whisper
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from codec import LOOKAHEAD, CosyVoice2, HiFT, NanoCodec, fbank, load_codec, onnx_session
+from codec import LOOKAHEAD, CosyVoice2, HiFT, NanoCodec, fbank, load_codec, load_encoder, onnx_session
+from model import Omni
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DECODER_DIR", Path(__file__).parent / "data" / "cosyvoice2_decoder"))
 DIMS = json.loads((GOLDEN / "dims.json").read_text())
 INPUTS, EXPECTED = load_file(GOLDEN / "inputs.safetensors"), load_file(GOLDEN / "expected.safetensors")
@@ -246,6 +251,13 @@ def respell(folder, spelling="old", prefix="", change=lambda tensors: tensors):
     return str(folder)
 
 
+def widened(tensors):
+    """The estimator's attention in heads of 64, as in the release: that is how a folder is opened by its name alone."""
+    times = 64 // math.gcd(64, DIMS["estimator"]["attention_head_dim"] * DIMS["estimator"]["num_heads"])
+    return {n: torch.cat([x] * times, int(".to_out." in n)) if ".attn1.to_" in n and n.endswith(".weight") else x
+            for n, x in tensors.items()}
+
+
 @pytest.mark.parametrize("spelling, prefix", [("plain", ""), ("old", "generator."), ("new", ""), ("new", "generator.")])
 def test_spellings_of_weight_norm(voice, tmp_path, spelling, prefix):
     codec = CosyVoice2.load(respell(tmp_path, spelling, prefix), voice, head_dim=DIMS["estimator"]["attention_head_dim"])
@@ -275,8 +287,8 @@ def test_load_codec_and_voices(voice, tmp_path):
     """A file is a NanoCodec, a folder CosyVoice 2; a voice comes from .npy, .pt or spk2info.pt, and a wrong one is named."""
     NanoCodec(dim=8, phonemes=["a"]).save(tmp_path / "codec.pt")
     assert isinstance(load_codec(str(tmp_path / "codec.pt")), NanoCodec)
-    folder, vector = respell(tmp_path), INPUTS["speaker_embedding"]
-    with pytest.raises(FileNotFoundError, match="voice"):
+    folder, vector = respell(tmp_path, change=widened), INPUTS["speaker_embedding"]
+    with pytest.raises(ValueError, match="no voice: .*spk2info.pt has none; give --voice"):
         load_codec(folder)
     torch.save({"anna": {"embedding": vector}, "ben": {"embedding": -vector}}, tmp_path / "spk2info.pt")
     torch.save(2 * vector, tmp_path / "voice.pt")
@@ -285,8 +297,41 @@ def test_load_codec_and_voices(voice, tmp_path):
         assert codec.sample_rate == DIMS["sample_rate"] and torch.equal(codec.voice, want)
     with pytest.raises(ValueError, match="carl.*anna, ben"):
         load_codec(folder, "carl")
-    with pytest.raises(FileNotFoundError):
+
+
+def test_files_of_another_kind_are_named(voice, tmp_path):
+    """Text in the place of tensors, a pickle that would run code, another codec, sizes that do not fit: one error each, with
+    the file's name."""
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    NanoCodec(dim=8, phonemes=["a"]).save(tmp_path / "nano.pt")
+    torch.save(Code(), tmp_path / "code.pt")
+    torch.save(INPUTS["speaker_embedding"], tmp_path / "tensor.pt")
+    np.save(tmp_path / "short.npy", np.zeros(3))
+    for name in ("text.pt", "text.npy", "text.wav"):
+        (tmp_path / name).write_text("Dear sir or madam")
+    (tmp_path / "golden").mkdir()
+    folder = respell(tmp_path / "golden", change=widened)
+    with pytest.raises(FileNotFoundError, match="there is no codec .*nowhere"):
         load_codec(str(tmp_path / "nowhere"))
+    for name in ("text.pt", "code.pt", "tensor.pt"):
+        with pytest.raises(RuntimeError, match=name):
+            load_codec(str(tmp_path / name))
+    with pytest.raises(ValueError, match="nano.pt has one voice"):
+        load_codec(str(tmp_path / "nano.pt"), "anna")
+    for name in ("text.pt", "code.pt", "nano.pt", "text.npy", "short.npy", "text.wav"):
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            load_codec(folder, str(tmp_path / name))
+    (tmp_path / "golden/speech_tokenizer_v2.onnx").write_text("Dear sir or madam")
+    with pytest.raises(RuntimeError, match="speech_tokenizer_v2.onnx cannot be read"):
+        load_encoder(folder)
+    with pytest.raises(RuntimeError, match="flow.pt: the estimator's attention"):
+        CosyVoice2.load(folder, voice, head_dim=7)
+    (tmp_path / "golden/hift.pt").write_bytes((tmp_path / "golden/hift.pt").read_bytes()[:1000])
+    with pytest.raises(RuntimeError, match="hift.pt is no file of tensors"):
+        load_codec(folder, voice)
+    assert not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------------------------- ONNX: encode and voice
@@ -302,11 +347,10 @@ def write_onnx(path, inputs, outputs, nodes, constants):
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
 
 
-@pytest.fixture
-def encoder(voice, tmp_path):
+def write_tokenizer(folder):
     """A tokenizer whose unit tells the frame's place in its piece, and how loud the 20th mel bin is there (0..5)."""
     float32, int32 = 1, 6                                 # onnx's numbers of the types
-    write_onnx(tmp_path / "speech_tokenizer_v2.onnx", [("feats", float32, [1, 128, "T"]), ("feats_length", int32, [1])],
+    write_onnx(folder / "speech_tokenizer_v2.onnx", [("feats", float32, [1, 128, "T"]), ("feats_length", int32, [1])],
                [("indices", int32, [1, "U"])],
                [("Gather", ["feats", "bin"], ["row"], {"axis": 1}),
                 ("Slice", ["row", "zero", "end", "one", "four"], ["fourth"], {}),
@@ -317,16 +361,16 @@ def encoder(voice, tmp_path):
                 ("Add", ["high", "place"], ["indices"], {})],
                {"bin": np.int64(20), "zero": [0], "end": [1 << 30], "one": [1], "four": [4], "steps": np.float32(3),
                 "thousand": np.int32(1000), "round": np.int32([3]), "by4": np.int32([4]), "from": np.int32(0), "by": np.int32(1)})
-    return CosyVoice2.load(respell(tmp_path), voice, head_dim=DIMS["estimator"]["attention_head_dim"])
 
 
 @pytest.mark.parametrize("seconds, places", [(1.01, [(0, 26)]), (30, [(0, 750)]), (30.01, [(0, 700), (50, 101)]),
                                              (70, [(0, 700), (50, 700), (50, 450)])])
-def test_encode(encoder, seconds, places):
+def test_encode(tmp_path, seconds, places):
     """The tokenizer gets the log-mel and its length, at most 30 s at a time; overlaps are halved between the pieces."""
     samples = round(16000 * seconds)
     wav = torch.randn(samples, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 1, samples) ** 2
-    units = encoder.encode(wav)
+    write_tokenizer(tmp_path)
+    units = load_encoder(str(tmp_path))(wav)            # the tokenizer alone: neither decoder nor voice is there
     level = torch.floor(whisper.log_mel_spectrogram(wav, 128)[20, ::4] * 3).long()
     assert units.dtype == torch.long and len(level.unique()) > 2
     assert (units % 1000).tolist() == [p for a, b in places for p in range(a, b)]
@@ -350,8 +394,7 @@ def kaldi_fbank(wav):
 def test_voice_from_a_clip(tmp_path):
     """CAM++ gets kaldi's fbank less its mean, and its answer is the voice: a real clip, a network of one layer."""
     pytest.importorskip("kaldi_native_fbank")
-    import soundfile
-    clip = Path(__file__).parent / "data" / "jfk.flac"
+    clip = ROOT / "tests/data/jfk.flac"
     wav = torch.from_numpy(soundfile.read(clip, dtype="float32")[0])
     want = kaldi_fbank(wav)
     want = want - want.mean(0)
@@ -376,3 +419,40 @@ def test_what_is_missing_is_named(codec, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaldi_native_fbank", None)
     with pytest.raises(RuntimeError, match="pip install kaldi-native-fbank"):
         fbank(torch.zeros(16000))
+
+
+# ------------------------------------------------------------------------------------------- the real commands
+
+def run(*words, code=0):
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stderr if code else done.stdout
+
+
+def test_the_real_commands_with_a_folder(voice, tmp_path):
+    """data.py needs the folder's tokenizer alone, sample.py and eval.py need a voice and say so; a corpus of one's own has no
+    answers to look for, and any text as the name of a dialogue."""
+    (tmp_path / "cosy").mkdir()
+    folder, corpus, checkpoint = respell(tmp_path / "cosy", change=widened), tmp_path / "corpus", str(tmp_path / "checkpoint")
+    write_tokenizer(tmp_path / "cosy")
+    wav = np.random.default_rng(0).normal(0, 0.1, 24000)
+    soundfile.write(tmp_path / "q.wav", wav, 16000)
+    rows = [{"id": f"../{i}", "speech": "q.wav", "replies": "It is a question.", "reply_speech": "q.wav"} for i in range(12)]
+    (tmp_path / "dialogues.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run("data.py", "config/data_folder.py", "--path", tmp_path / "dialogues.jsonl", "--audio_root", tmp_path, "--codec", folder,
+        "--held_out", 0.3, "--processes", 1, "--out_dir", corpus)
+    from data import load_corpus
+    assert [u % 1000 for u in load_corpus(str(corpus), "train")[0]["units"][0]] == [*range(38)]
+
+    omni, *tokenizers = Omni.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    omni.save_pretrained(checkpoint, *tokenizers)
+    common = ["--ckpt", checkpoint, "--codec", folder, "--max_units", 30]
+    sample = ["sample.py", *common, "--wav", tmp_path / "q.wav", "--out", tmp_path / "reply.wav"]
+    assert "give --voice" in run(*sample, code=2).strip().splitlines()[-1] and not (tmp_path / "reply.wav").exists()
+    printed = run(*sample, "--voice", voice)
+    reply, rate = soundfile.read(tmp_path / "reply.wav")
+    assert rate == 24000 and len(reply) == 30 * RATIO * FRAME and "the speech was cut at 30 units" in printed
+    run("eval.py", *common, "--voice", voice, "--corpus", corpus, "--dialogues", 1, "--out", tmp_path / "eval")
+    figures = json.loads((tmp_path / "eval/eval.json").read_text())
+    assert figures["turns"] == figures["cut"] == 1 and "wer_bigram" in figures and "s2t" not in figures
+    assert {p.name for p in (tmp_path / "eval").iterdir()} == {"eval.json", "gallery.md", "0-1-question.ogg", "0-1-reply.ogg"}

@@ -48,13 +48,12 @@ def test_agrees_with_official_code(golden, name):
         close(torch.stack([s for _, s, _ in text]), want["greedy_hidden"][0])
         close(omni.speech_generator.fuse(want["greedy_hidden"][0], want["greedy_tokens"][0]), want["fused"])
     # the streaming speech LM, greedy over its whole vocabulary as the golden run was, with a cache across bursts
-    drain = len(want["tts_tokens"]) - omni.W * ((steps - 1) // omni.R)
     trace, limit = [], len(want["tts_tokens"])
     list(omni.generate(ids, clips, eos=-1, max_tokens=steps, max_units=limit, temperature=0.0, constrain=False, trace=trace))
-    assert drain == 25 and limit == len(trace)
+    assert limit == len(trace)
     logits = torch.stack([l for _, l in trace])
     assert logits.argmax(-1).tolist() == want["tts_tokens"].tolist()
-    close(logits[:12], want["tts_logits_first"])
+    close(logits[:len(want["tts_logits_first"])], want["tts_logits_first"])
     last = omni.speech_generator.embed(want["tts_tokens"][-1:])
     close(torch.cat([*(i for i, _ in trace), last]), want["tts_inputs_final"])
 
