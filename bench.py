@@ -245,7 +245,7 @@ def train_case(size, stage, how, steps=8, warm=2):
         for p in (*omni.parameters(), *omni.buffers()):
             torch.nn.init.normal_(p, std=0.02)
         for network in (omni.model, omni.speech_generator.model.model):
-            network.rotary_emb = type(network.rotary_emb)(network.config, device=device)
+            network.rotary_emb = type(network.rotary_emb)(network.config).to(device)
     omni.to(device).freeze_for(stage)
     rows = Plain(mixed(32 * (steps + warm)) if size == "tiny" else made_up(16 * (steps + warm)))
     batch_size = len(rows) // (steps + warm)
