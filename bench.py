@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -249,6 +250,7 @@ def train_case(size, stage, how, steps=8, warm=2):
     omni, *tokenizers = Omni.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
     if size != "tiny":
         omni = real_model(size).to_empty(device=device)
+        omni.tie(), omni.speech_generator.model.tie_weights()          # to_empty has parted them
         for p in (*omni.parameters(), *omni.buffers()):
             torch.nn.init.normal_(p, std=0.02)
         for network in (omni.model, omni.speech_generator.model.model):
@@ -263,6 +265,7 @@ def train_case(size, stage, how, steps=8, warm=2):
     micro = [deal(order[i:i + batch_size], positions, 16384)[0] if ours else [order[j:j + 8] for j in range(i, i + batch_size, 8)]
              for i in range(0, len(order), batch_size)]
     if how == "ours, recomputed":
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable")
         omni.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         omni.speech_generator.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if how == "ours, compiled":
