@@ -6,7 +6,7 @@ and the reply's speech as units (25 integers a second). Dialogues come from four
 made here: a synthesiser says what was not recorded, a codec turns the replies' speech into units.
 
     source        the dialogues                     the user's speech       the replies' units
-    tiny          tiny/world.py draws them          espeak-ng, 75 voices    espeak-ng, codec.py
+    tiny          tiny/world.py draws them          espeak-ng, 74 voices    espeak-ng, codec.py
     instructs2s   the released JSON                 its recordings or none  from the JSON
     folder        --path, a JSONL or CSV file       your recordings         your recordings or --tts, codec.py
     text          --path, a JSONL or CSV file       --tts, several voices   --tts, codec.py
