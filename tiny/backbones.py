@@ -174,10 +174,12 @@ def train_codec(cfg, rng):
     unseen = [t["assistant"] for _ in range(cfg.figures) for t in world.dialogue(rng, "test")][:cfg.figures]
     original = say_all([(t, world.ASSISTANT) for t in unseen])
     decoded = [codec.decode(codec.encode(torch.from_numpy(w))).numpy() for w in original]
-    for judge, bigram in (("bigram", True), ("word loop", False)):
-        arpa = language_model([t["assistant"] for _ in range(2000) for t in world.dialogue(rng, "train")], bigram)
-        there, back = (100 * word_error_rate(unseen, recognise(wavs, arpa)) for wavs in (original, decoded))
-        say(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess {back - there:.1f}")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for judge, bigram in (("bigram", True), ("word loop", False)):
+            arpa = language_model([t["assistant"] for _ in range(2000) for t in world.dialogue(rng, "train")], bigram)
+            there, back = (100 * word_error_rate(unseen, recognise(pool, wavs, arpa)) for wavs in (original, decoded))
+            say(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess "
+                f"{back - there:.1f}")
 
 
 # -------------------------------------------------------------------------------------------------- whisper
