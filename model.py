@@ -542,6 +542,8 @@ class Omni(nn.Module):
         for name in ("config.json", "tokenizer_config.json", "tts_tokenizer"):
             if not os.path.exists(os.path.join(folder, name)):
                 raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
+        if folder == final and (reason := damage(folder)):
+            raise ValueError(f"{folder} is damaged: {reason}; delete it, and train.py makes it again from the run's last step")
         config, base = read_json(folder, "config.json"), read_json(folder, "meta.json").get("base")
         weights = {}
         if base:                                               # what was frozen lies in another checkpoint

@@ -97,9 +97,11 @@ class TrainConfig:
         for key, known in (("stage", STAGES), ("fusion", UNUSED), ("tracker", ("tensorboard", "wandb", "none")), ("precision", ("bf16", "no"))):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; it must be one of {', '.join(known)}")
-        for key in ("read", "write", "batch_size", "micro_tokens", "epochs", "lr", "log_every", "eval_every", "save_every", "eval_dialogues", "keep"):
+        for key in ("read", "write", "batch_size", "micro_tokens", "epochs", "lr", "log_every", "eval_every", "save_every", "eval_dialogues"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above zero")
+        if self.keep < 2:
+            raise ValueError("keep must be at least 2: should the newest checkpoint be damaged, the one before is what is left")
         for key in ("lora_rank", "freeze_llm"):
             if getattr(self, key) and self.stage != "stage1":
                 raise ValueError(f"{key} is for stage1, where the LLM is trained")
@@ -147,6 +149,10 @@ last = newest_checkpoint(cfg.out_dir)
 if last and not cfg.resume:
     fail(f"{cfg.out_dir} holds a run already ({os.path.basename(last)}); leave --resume false out, or choose another --out_dir")
 saved = read_json(last, "meta.json") if last else None
+if main and os.path.isdir(cfg.out_dir):
+    for name in os.listdir(cfg.out_dir):
+        if name.endswith(".part"):                    # a killed process was writing it
+            shutil.rmtree(os.path.join(cfg.out_dir, name))
 if saved:
     changed = {k: f"{k} {saved['config'].get(k)} -> {v}" for k, v in json.loads(json.dumps(dataclasses.asdict(cfg))).items()
                if saved["config"].get(k) != v}
@@ -173,7 +179,6 @@ base = model.folder
 if not last and base is None:                         # new, from backbones, or spread over several folders
     base = os.path.join(cfg.out_dir, "base")
     if main:
-        shutil.rmtree(base + ".part", ignore_errors=True)
         try:
             model.save_pretrained(base + ".part", tokenizer, tts_tokenizer)
             seal(base + ".part", base, {})
@@ -317,7 +322,6 @@ def save():
     folder, problem = os.path.join(cfg.out_dir, f"step-{step:06d}"), 0
     if main:
         tmp = folder + ".part"
-        shutil.rmtree(tmp, ignore_errors=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         meta = {"step": step, "max_steps": max_steps, "epoch": step / steps_per_epoch, "config": dataclasses.asdict(cfg),
                 "corpus": corpus, "base": base, "git": commit, "processes": world, "device": str(accelerator.device),
@@ -357,7 +361,6 @@ def patience_is_over():
 def export(folder):
     """out_dir/final/: the whole model of a checkpoint in the released layout, LoRA merged."""
     if main:
-        shutil.rmtree(final + ".part", ignore_errors=True)
         try:
             model, *tokenizers = Omni.from_pretrained(folder)
             model.merge_lora()

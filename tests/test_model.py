@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 from data import Dialogues, chat_ids, collate
-from model import IGNORE, SPEECH, STAGES, Omni, Rows, clip_frames, expand_speech, log_mel, run, sample, speech_positions
+from model import IGNORE, SPEECH, STAGES, Omni, Rows, clip_frames, expand_speech, hashes, log_mel, run, sample, seal, speech_positions
 
 
 def noise_mel(omni, seconds, seed=0):
@@ -267,6 +267,33 @@ def test_ablations_of_the_gate(tiny, items):
         g.fusion = fusion
         omni.freeze_for("stage2")
         assert {n.split(".")[1] for n, p in omni.named_parameters() if p.requires_grad} == trained
+
+
+def test_lora(items, tmp_path):
+    """It begins as the model without it, trains two small matrices beside each of the LLM's and the adapter, survives a
+    checkpoint that holds these alone, and merged gives the same loss from the released layout's keys."""
+    omni, *tokenizers = load()
+    keys, batch, before = list(omni.state_dict()), collate(items), omni(collate(items), "stage1")[0].item()
+    omni.save_pretrained(str(tmp_path / "base"), *tokenizers)
+    omni.add_lora(4)
+    omni.freeze_for("stage1")
+    assert omni(batch, "stage1")[0].item() == before
+    trained = {n: p for n, p in omni.named_parameters() if p.requires_grad}
+    assert {part_of(n) for n in trained} == {"adapter", "LLM"} and all("lora_" in n or "projector" in n for n in trained)
+    assert sum("lora_" in n for n in trained) == 2 * 7 * omni.config["num_hidden_layers"]
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(3):
+        omni(batch, "stage1")[0].backward()
+        optimizer.step(), optimizer.zero_grad()
+    after = omni(batch, "stage1")[0].item()
+    assert after < 0.99 * before
+    omni.save_pretrained(str(tmp_path / "step.part"), *tokenizers, {k: v for k, v in omni.state_dict().items() if k in trained})
+    seal(str(tmp_path / "step.part"), str(tmp_path / "step"), {"base": {"folder": "../base", "sha256": hashes(tmp_path / "base")}})
+    again = Omni.from_pretrained(str(tmp_path / "step"), str(CHECKPOINT / "whisper-tiny-random.pt"))[0]
+    assert again(batch, "stage1")[0].item() == after
+    again.merge_lora()
+    assert list(again.state_dict()) == keys and "lora_rank" not in again.config
+    assert again(batch, "stage1")[0].item() == pytest.approx(after, rel=1e-5)
 
 
 def test_masks_and_labels_by_hand(tiny, items):
