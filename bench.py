@@ -124,22 +124,31 @@ def stream(cfg, chunks=50, repeats=5):
 
 
 def data(cfg):
-    """The released JSON, made up, without its audio."""
+    """The released JSON, made up, without its audio, in one process of data.py."""
     result, rng = {}, random.Random(0)
     for n in cfg.dialogues:
         with tempfile.TemporaryDirectory() as folder:
             turn = lambda i, t: [{"from": "human", "text": f"Question {t} of {i}?", "speech": f"{i}-{t}-user.wav"},
-                                 {"from": "gpt", "text": "An answer of a few words.", "unit": [rng.randrange(UNIT_VOCAB) for _ in range(475)]}]
+                                 {"from": "gpt", "text": "An answer of a few words.",
+                                  "unit": [rng.randrange(UNIT_VOCAB) for _ in range(475)]}]
             with open(f"{folder}/made_up.json", "w") as f:
-                json.dump([{"id": f"d{i}", "conversation": turn(i, 0) + turn(i, 1)} for i in range(n)], f, indent=1)
-            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, "data.py", "config/data_instructs2s.py", "--path", f"{folder}/made_up.json", "--out_dir",
-                            f"{folder}/corpus", "--processes", "1"], check=True, stdout=subprocess.DEVNULL,
-                           cwd=os.path.dirname(os.path.abspath(__file__)))
-            seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-            cpu, memory = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime, used.ru_maxrss / 1e6
-        result[n] = {"seconds": seconds, "cpu_seconds": cpu, "peak_GB": memory}
-        print(f"data: {n} dialogues without audio, one process: {seconds:.1f} s, {cpu:.1f} s of CPU time; at most {memory:.2f} GB")
+                for i in range(n):
+                    f.write("[,"[i > 0] + json.dumps({"id": f"d{i}", "conversation": turn(i, 0) + turn(i, 1)}, indent=1) + "\n")
+                f.write("]")
+            start, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
+            process = subprocess.Popen([sys.executable, "data.py", "config/data_instructs2s.py", "--path", f"{folder}/made_up.json",
+                                        "--out_dir", f"{folder}/corpus", "--processes", "1"], stdout=subprocess.DEVNULL,
+                                       cwd=os.path.dirname(os.path.abspath(__file__)))
+            while process.poll() is None:                     # getrusage's peak counts what this process held when it forked
+                with open(f"/proc/{process.pid}/status") as f:
+                    peak = max([peak, *(int(line.split()[1]) for line in f if line.startswith("VmHWM"))])      # kB
+                time.sleep(0.02)
+            seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if process.returncode:
+            fail(f"data.py ended with exit code {process.returncode}")
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        result[n] = {"seconds": seconds, "cpu_seconds": cpu, "peak_GB": peak / 1e6}
+        print(f"data: {n} dialogues without audio, one process: {seconds:.1f} s, {cpu:.1f} s of CPU time, {peak / 1e6:.2f} GB at most")
     return result
 
 

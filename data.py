@@ -6,7 +6,7 @@ and the reply's speech as units (25 integers a second). Dialogues come from four
 made here: a synthesiser says what was not recorded, a codec turns the replies' speech into units.
 
     source        the dialogues                     the user's speech       the replies' units
-    tiny          tiny/world.py draws them          espeak-ng, 75 voices    espeak-ng, codec.py
+    tiny          tiny/world.py draws them          espeak-ng, 74 voices    espeak-ng, codec.py
     instructs2s   the released JSON                 its recordings or none  from the JSON
     folder        --path, a JSONL or CSV file       your recordings         your recordings or --tts, codec.py
     text          --path, a JSONL or CSV file       --tts, several voices   --tts, codec.py
@@ -156,6 +156,8 @@ def records(cfg):
             kind = os.path.splitext(cfg.path)[1]
             rows = json_array(file) if kind == ".json" else csv.DictReader(file) if kind == ".csv" else filter(str.strip, file)
             yield from itertools.islice(rows, cfg.limit or None)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{cfg.path}: it is not UTF-8 text ({e.reason} at byte {e.start} of a piece); save it as such") from e
     except (OSError, ValueError, RecursionError, csv.Error) as e:
         raise ValueError(f"{cfg.path}: {e}") from e
 
@@ -523,7 +525,9 @@ def main():
         else:
             with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_process) as pool:
                 shards = max(pool.map(partial(work, cfg, processes), range(processes)))
-    except (OSError, ValueError) as e:                # the source is damaged, the disk is full
+    except ValueError as e:                           # the source is damaged; mended it is another corpus
+        fail(f"{e}; then delete {cfg.out_dir} and begin again")
+    except OSError as e:                              # the disk is full
         fail(f"{e}; the shards that are complete stay, the same command continues")
     except BrokenProcessPool:
         fail("a process was killed, perhaps for want of memory; run the same command again, with fewer --processes")
@@ -535,7 +539,7 @@ def main():
               "corpus. If none is, run the same command again")
         return
     if not shards:
-        fail(f"{cfg.path} holds no dialogues")
+        fail(f"{cfg.path} holds no dialogues; give another --path, and delete {cfg.out_dir}")
     join(cfg, shards)
     report(cfg)
     heard = cfg.source != "instructs2s" or cfg.audio_root

@@ -10,7 +10,7 @@ Download into downloads/ from huggingface.co/datasets/ICTNLP/InstructS2S-200K:
 
 audio_root is the folder that the JSON's paths start from. The recordings stay where they are, the corpus refers to them.
 Cost: we did not have these files; sizes and form are those that loaders by others show. Made-up dialogues of this form took
-0.25 s of one core (AMD EPYC, Zen 5) for each 1,000, and 0.6 GB of memory, whatever their number. With audio every question is
+0.08 s of one core (AMD EPYC, Zen 5) for each 1,000, and 0.6 GB of memory, whatever their number. With audio every question is
 decoded once, to find the unreadable ones: 2 s for each 1,000 (7.5 s a clip, one file again and again), to which the time to read
 the files comes, not measured. The corpus takes 2.6 MB for each 1,000.
 

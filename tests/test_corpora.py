@@ -337,12 +337,16 @@ def test_a_killed_run_continues_to_the_same_corpus(recordings):
     trainable(at / "killed", "stage2")
 
 
-def test_a_synthesiser_that_does_not_work_is_refused_at_once(recordings, monkeypatch, capsys):
-    """A command that cannot say one word would cost every row, after hours."""
+def test_tools_that_do_not_work_are_refused_at_once(recordings, monkeypatch, capsys):
+    """A synthesiser that cannot say one word would cost every row, after hours, and a codec that does not load all processes."""
     words = command("text", recordings / "none", "--path", recordings / "texts.jsonl", "--codec", recordings / "codec.pt")
     (recordings / "texts.jsonl").touch()
+    (recordings / "text.pt").write_text("Dear sir or madam")
+    for codec, message in (("text.pt", "is no file of tensors"), ("none.pt", "there is no codec")):
+        assert message in refusal(monkeypatch, capsys, [*words[:-1], str(recordings / codec)])
     last = refusal(monkeypatch, capsys, [*words, "--tts", f"{sys.executable} {recordings / 'none.py'} {{wav}}"])
     assert last.startswith(f"error: voice '{ASSISTANT}' does not speak: exit code 2") and "No such file" in last
+    assert not (recordings / "none").exists()          # the right command is not refused for what a wrong one left
     for tts in ("no-such-synthesiser {wav}", "cat", "cat {wav} 'open", "cat {wav} {voice}"):
         with pytest.raises(ValueError):
             DataConfig(source="text", path="x", tts=tts)

@@ -174,10 +174,12 @@ def train_codec(cfg, rng):
     unseen = [t["assistant"] for _ in range(cfg.figures) for t in world.dialogue(rng, "test")][:cfg.figures]
     original = say_all([(t, world.ASSISTANT) for t in unseen])
     decoded = [codec.decode(codec.encode(torch.from_numpy(w))).numpy() for w in original]
-    for judge, bigram in (("bigram", True), ("word loop", False)):
-        arpa = language_model([t["assistant"] for _ in range(2000) for t in world.dialogue(rng, "train")], bigram)
-        there, back = (100 * word_error_rate(unseen, recognise(wavs, arpa)) for wavs in (original, decoded))
-        say(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess {back - there:.1f}")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for judge, bigram in (("bigram", True), ("word loop", False)):
+            arpa = language_model([t["assistant"] for _ in range(2000) for t in world.dialogue(rng, "train")], bigram)
+            there, back = (100 * word_error_rate(unseen, recognise(pool, wavs, arpa)) for wavs in (original, decoded))
+            say(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess "
+                f"{back - there:.1f}")
 
 
 # -------------------------------------------------------------------------------------------------- whisper
@@ -193,19 +195,20 @@ def hear_all(jobs):
         return list(tqdm(pool.imap(_mel, jobs, chunksize=64), total=len(jobs), desc="speaking", unit="utterance"))
 
 
-def mel_batch(mels):
-    frames = torch.tensor([m.shape[1] for m in mels])
-    batch = torch.zeros(len(mels), 80, int(frames.max()))
-    for row, m in zip(batch, mels):
-        row[:, : m.shape[1]] = torch.from_numpy(m)
-    return batch, frames
+def encode(encoder, mels):
+    """Log-mels, arrays (80, frames) -> the encoder's states at 50 Hz (B, longest, 128), zeros past a clip's end, and how many
+    each clip has (B,)."""
+    frames = [m.shape[1] for m in mels]
+    counts = [(n + 1) // 2 for n in frames]
+    states = encoder(torch.cat([torch.from_numpy(m).float() for m in mels], 1), frames)        # clips end to end
+    return torch.nn.utils.rnn.pad_sequence(states.split(counts), True), torch.tensor(counts)
 
 
 @torch.no_grad()
 def transcribe(model, tokenizer, mels, limit=40):
     """Greedy decoding of a batch of log-mels -> texts."""
     end = tokenizer.eos_token_id
-    audio = model.encoder(*mel_batch(mels))
+    audio, _ = encode(model.encoder, mels)
     tokens = torch.full((len(mels), 1), end)
     for _ in range(limit):
         token = model.decoder(tokens, audio)[:, -1].argmax(-1)
@@ -240,12 +243,11 @@ def train_whisper(cfg, rng, tokenizer):
 
     def loss():
         rows = next(batches)
-        audio, frames = mel_batch([mels[i] for i in rows])
-        states = model.encoder(audio, frames)
+        states, counts = encode(model.encoder, [mels[i] for i in rows])
         text = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens[i]) for i in rows], True, padding_value=-100)
         logits = model.decoder(text[:, :-1].clamp(min=0), states)
         spelled = torch.tensor([c for i in rows for c in letters[i]])
-        ctc = F.ctc_loss(model.ctc(states).float().log_softmax(-1).transpose(0, 1), spelled, (frames + 1) // 2,
+        ctc = F.ctc_loss(model.ctc(states).float().log_softmax(-1).transpose(0, 1), spelled, counts,
                          torch.tensor([len(letters[i]) for i in rows]), zero_infinity=True)
         return {"text": F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), "ctc": ctc}
 

@@ -287,7 +287,10 @@ def speak(text, voice, phonemes=False):
     Raises   ValueError for an accent that espeak-ng does not know, or a text that makes no sound.
     """
     lib, rate = _espeak()
-    name, wpm, pitch = voice.split(":")
+    name, *numbers = voice.split(":")
+    if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+        raise ValueError(f"voice {voice!r} is not of the form accent+variant:rate:pitch, such as {ASSISTANT}")
+    wpm, pitch = numbers
     if lib.espeak_SetVoiceByName(name.encode()) != 0:
         raise ValueError(f"espeak-ng has no voice {name!r}")
     lib.espeak_SetParameter(_RATE, int(wpm), 0)       # set at every call: the state outlives a call
