@@ -218,7 +218,10 @@ class SpeechEncoder(AudioEncoder):
     @classmethod
     def from_whisper(cls, path):
         """From an openai-whisper file or the name of one of its models ("large-v3", downloaded once)."""
-        model = whisper.load_model(path, device="cpu")
+        try:
+            model = whisper.load_model(path, device="cpu")
+        except OSError as e:
+            raise OSError(f"Whisper {path} cannot be loaded or downloaded ({e}); give its file") from e
         d = model.dims
         encoder = cls(d.n_mels, d.n_audio_ctx, d.n_audio_state, d.n_audio_head, d.n_audio_layer)
         encoder.load_state_dict(model.encoder.state_dict())
@@ -538,7 +541,11 @@ class Omni(nn.Module):
             if folder.count("/") != 1 or folder.startswith((".", "/")):
                 raise FileNotFoundError(f"there is no checkpoint folder {folder}")
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(folder)
+            try:
+                folder = snapshot_download(folder)
+            except Exception as e:                             # a network's and a hub's many ways to fail
+                raise FileNotFoundError(f"there is no folder {folder}, and it cannot be downloaded ({type(e).__name__}); "
+                                        f"try `hf download {folder}`, or give a folder") from e
         for name in ("config.json", "tokenizer_config.json", "tts_tokenizer"):
             if not os.path.exists(os.path.join(folder, name)):
                 raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
@@ -581,6 +588,8 @@ class Omni(nn.Module):
         for what, names in (("lacks", missing), ("has an unknown", extra), ("has another shape of", wrong)):
             if names:
                 raise ValueError(f"{folder} {what} tensor {names[0]} ({len(names)} such); it is of another model or damaged")
+        if encoder.blocks[0].attn.n_head == 0:
+            raise ValueError(f"the heads of the encoder in {folder} are not 64 wide; give its Whisper file too")
         omni.load_state_dict(weights)
         return omni, *load_tokenizers(folder)
 

@@ -492,7 +492,7 @@ if cfg.cache:
         remember(split, rows)
 try:
     voice = load_codec(cfg.codec).to(accelerator.device) if cfg.codec and cfg.stage != "stage1" and main else None
-except (OSError, RuntimeError) as e:
+except (OSError, ValueError, RuntimeError) as e:
     fail(f"--codec {cfg.codec}: {e}; leave it out to do without sound")
 if cfg.compare:
     reference = read_json("runs/reference_curves", f"{cfg.stage}.json")
