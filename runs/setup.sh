@@ -8,3 +8,4 @@ if ! cmp -s requirements.txt .venv/requirements.txt; then
 fi
 source .venv/bin/activate
 export TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY=passive         # threads that wait sleep: costs nothing alone, and steps are five times quicker beside other jobs
