@@ -193,19 +193,20 @@ def hear_all(jobs):
         return list(tqdm(pool.imap(_mel, jobs, chunksize=64), total=len(jobs), desc="speaking", unit="utterance"))
 
 
-def mel_batch(mels):
-    frames = torch.tensor([m.shape[1] for m in mels])
-    batch = torch.zeros(len(mels), 80, int(frames.max()))
-    for row, m in zip(batch, mels):
-        row[:, : m.shape[1]] = torch.from_numpy(m)
-    return batch, frames
+def hear_batch(model, mels):
+    """Log-mels (80, frames) -> what the encoder makes of them, (B, L, 128), zero beyond each clip's own length, and those
+    lengths (B,)."""
+    frames = [m.shape[1] for m in mels]
+    lengths = [(n + 1) // 2 for n in frames]
+    states = model.encoder(torch.cat([torch.from_numpy(m).float() for m in mels], 1), frames)
+    return torch.nn.utils.rnn.pad_sequence(states.split(lengths), batch_first=True), torch.tensor(lengths)
 
 
 @torch.no_grad()
 def transcribe(model, tokenizer, mels, limit=40):
     """Greedy decoding of a batch of log-mels -> texts."""
     end = tokenizer.eos_token_id
-    audio = model.encoder(*mel_batch(mels))
+    audio, _ = hear_batch(model, mels)
     tokens = torch.full((len(mels), 1), end)
     for _ in range(limit):
         token = model.decoder(tokens, audio)[:, -1].argmax(-1)
@@ -240,12 +241,11 @@ def train_whisper(cfg, rng, tokenizer):
 
     def loss():
         rows = next(batches)
-        audio, frames = mel_batch([mels[i] for i in rows])
-        states = model.encoder(audio, frames)
+        states, lengths = hear_batch(model, [mels[i] for i in rows])
         text = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens[i]) for i in rows], True, padding_value=-100)
         logits = model.decoder(text[:, :-1].clamp(min=0), states)
         spelled = torch.tensor([c for i in rows for c in letters[i]])
-        ctc = F.ctc_loss(model.ctc(states).float().log_softmax(-1).transpose(0, 1), spelled, (frames + 1) // 2,
+        ctc = F.ctc_loss(model.ctc(states).float().log_softmax(-1).transpose(0, 1), spelled, lengths,
                          torch.tensor([len(letters[i]) for i in rows]), zero_infinity=True)
         return {"text": F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), "ctc": ctc}
 
