@@ -111,8 +111,8 @@ class TrainConfig:
 
 TOLERANCE = 1.5                       # a loss so many times the reference's is not normal
 
-# keys that a continued run may change: they decide how, not what, is computed
-FREE = {"resume", "log_every", "eval_every", "eval_dialogues", "samples", "codec", "save_every", "keep", "tracker", "compare", "profile",
+# keys that a continued run may change: they decide how, not what, is computed; of the corpus it is the content that counts
+FREE = {"resume", "out_dir", "corpus", "log_every", "eval_every", "eval_dialogues", "samples", "codec", "save_every", "keep", "tracker", "compare", "profile",
         "workers", "micro_tokens", "recompute", "compile", "cache", "patience"}
 
 cfg = configure(TrainConfig)
