@@ -161,7 +161,8 @@ if saved:
     say(f"\ncontinuing {last}" + "".join(f"; {text}" for text in changed.values()))
     if saved["processes"] != world:
         say(f"{world} processes instead of {saved['processes']}: the same dialogues make the same steps, but sums are rounded in another order")
-torch.manual_seed(cfg.seed)
+for seed in (torch.manual_seed, random.seed, np.random.seed):
+    seed(cfg.seed)
 try:
     if last or cfg.init_from:
         model, tokenizer, tts_tokenizer = Omni.from_pretrained(last or cfg.init_from)
