@@ -260,7 +260,8 @@ def in_worker(_):
 def batches_of(rows, groups):
     """A loader of the batches that `groups`, lists of row numbers, ask for. It draws from no generator but its own."""
     return torch.utils.data.DataLoader(rows, batch_sampler=groups, collate_fn=collate, num_workers=cfg.workers, worker_init_fn=in_worker,
-                                       prefetch_factor=4 if cfg.workers else None, generator=torch.Generator())
+                                       prefetch_factor=4 if cfg.workers else None, generator=torch.Generator(),
+                                       multiprocessing_context="fork" if cfg.workers else None)    # this file has no main() to import
 
 
 # ------------------------------------------------------------------------------------ optimizer, checkpoint, eval
