@@ -320,7 +320,7 @@ def set_rng_state(state):
 def save():
     """out_dir/step-N/, whole or not at all; then the newest `keep` and the best one stay. All processes take part, one writes."""
     weights, states = get_model_state_dict(omni, options=whole), get_optimizer_state_dict(omni, optimizers, options=whole)
-    rng = gather_object([rng_state()])
+    rng = gather_object([rng_state() | {"window": window.tolist()}])
     folder, problem = os.path.join(cfg.out_dir, f"step-{step:06d}"), 0
     if main:
         tmp = folder + ".part"
@@ -505,8 +505,12 @@ loader = batches_of(train_set, (rows for at in range(step, max_steps) for rows i
 bar = tqdm(total=max_steps, initial=step, desc=cfg.stage, unit="step", disable=None if main else True, mininterval=1, dynamic_ncols=True)
 batches, clock, done, waited = iter(loader), time.time(), 0, 0.0
 window = torch.zeros(3, device=accelerator.device)    # loss, targets, right since the last log line
-if last and rank < saved["processes"]:
-    set_rng_state(torch.load(os.path.join(last, "rng.pt"), weights_only=True)[rank])    # last, so that nothing draws before the loop
+if last:
+    states = torch.load(os.path.join(last, "rng.pt"), weights_only=True)
+    for state in states[rank::world]:                 # with fewer processes than before also those of the others
+        window += torch.tensor(state["window"], device=accelerator.device)
+    if rank < len(states):
+        set_rng_state(states[rank])                   # last, so that nothing draws before the loop
 profiler, first = torch.profiler.profile() if cfg.profile and main else None, step
 model.train()
 while step < max_steps and not patience_is_over():
