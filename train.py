@@ -214,7 +214,7 @@ def dialogues(split):
 train_set, validation_set = dialogues("train"), dialogues("validation")
 lengths = {split: list(rows.lengths()) for split, rows in (("train", train_set), ("validation", validation_set))}
 corpus = {"dialogues": len(train_set), "settings": read_json(cfg.corpus, "meta.json"),
-          "sha256": hashlib.sha256(repr((train_set.rows["id"], lengths["train"])).encode()).hexdigest()}
+          "sha256": hashlib.sha256(repr((train_set.rows["id"], train_set.rows["replies"], lengths["train"])).encode()).hexdigest()}
 if saved and corpus != saved["corpus"]:
     was, now = ({"dialogues": c["dialogues"]} | c["settings"] for c in (saved["corpus"], corpus))
     difference = [f"{k} {was.get(k)} -> {now.get(k)}" for k in now | was if was.get(k) != now.get(k)] or ["the dialogues themselves"]
