@@ -252,8 +252,10 @@ def to_device(batch):
 
 
 def in_worker(_):
-    """What workers inherit must not make them deaf, nor take the main process's cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Who stops a run may signal its whole process group: workers go on until the step is done. Nor do they take the main
+    process's cores."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
