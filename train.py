@@ -528,19 +528,22 @@ while step < max_steps and not patience_is_over():
     targets = accelerator.reduce(sum((b[key] != IGNORE).sum() for b in micro))     # of the whole global batch
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["lr"] = get_lr(step)
-    bad = torch.zeros(1, device=accelerator.device)
+    losses = []
     for i, batch in enumerate(micro):
         # DDP reduces gradients once; sharded, each micro-batch's go where they belong at once, or the whole of them would lie here
         with accelerator.no_sync(model) if i < len(micro) - 1 and not sharded else contextlib.nullcontext():
             loss, n, right = model(batch, cfg.stage)
             (loss * world / targets).backward()                # the mean over processes is taken: times world
         window += torch.stack([loss.detach(), n, right])
-        bad += ~torch.isfinite(loss.detach())
+        losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.clip)
     norm = norm.full_tensor() if sharded else norm
-    if accelerator.reduce(bad + ~torch.isfinite(norm)).item():
-        names = [name for batch in micro for name in batch["names"]]
-        print(f"step {step}, process {rank}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
+    bad = ~torch.isfinite(torch.stack([*losses, norm]))
+    bad_losses, bad_ones = accelerator.reduce(torch.stack([bad[:-1].any(), bad.any()]).float()).tolist()
+    if bad_ones:                                      # say which rows: those of the losses, or if it is the gradient alone, all
+        names = [name for batch, b in zip(micro, bad) if b or not bad_losses for name in batch["names"]]
+        if names:
+            print(f"step {step}, process {rank}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
         fail(f"stopped before step {step} was taken; the last checkpoint is untouched. Look at the rows above, or lower --lr {cfg.lr}")
     for optimizer in optimizers:
         optimizer.step()
