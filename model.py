@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import whisper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Qwen2Config, Qwen2ForCausalLM, Qwen2Model, Qwen2Tokenizer
@@ -601,8 +601,11 @@ class Omni(nn.Module):
             json.dump(self.config, f, indent=2, sort_keys=True)
         tied = {"speech_generator.model.lm_head.weight"} | ({"lm_head.weight"} if self.config["tie_word_embeddings"] else set())
         weights = self.state_dict() if weights is None else weights
-        save_file({k: v.contiguous() for k, v in weights.items() if k not in tied},
-                  os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        try:
+            save_file({k: v.contiguous() for k, v in weights.items() if k not in tied},
+                      os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        except SafetensorError as e:                           # a full disk, in a class of its own
+            raise OSError(str(e)) from e
         tokenizer.save_pretrained(folder)
         tts_tokenizer.save_pretrained(os.path.join(folder, "tts_tokenizer"))
 

@@ -14,6 +14,7 @@ A run writes into out_dir: step-N/, what was trained so far with all that it tak
 no other checkpoint holds it; samples/, what the model says at each validation; tensorboard/; and at the end final/, the
 whole model in the released layout.
 """
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -111,8 +112,8 @@ class TrainConfig:
 
 TOLERANCE = 1.5                       # a loss so many times the reference's is not normal
 
-# keys that a continued run may change: they decide how, not what, is computed
-FREE = {"resume", "log_every", "eval_every", "eval_dialogues", "samples", "codec", "save_every", "keep", "tracker", "compare", "profile",
+# keys that a continued run may change: they decide how, not what, is computed; of the corpus it is the content that counts
+FREE = {"resume", "out_dir", "corpus", "log_every", "eval_every", "eval_dialogues", "samples", "codec", "save_every", "keep", "tracker", "compare", "profile",
         "workers", "micro_tokens", "recompute", "compile", "cache", "patience"}
 
 cfg = configure(TrainConfig)
@@ -161,7 +162,8 @@ if saved:
     say(f"\ncontinuing {last}" + "".join(f"; {text}" for text in changed.values()))
     if saved["processes"] != world:
         say(f"{world} processes instead of {saved['processes']}: the same dialogues make the same steps, but sums are rounded in another order")
-torch.manual_seed(cfg.seed)
+for seed in (torch.manual_seed, random.seed, np.random.seed):
+    seed(cfg.seed)
 try:
     if last or cfg.init_from:
         model, tokenizer, tts_tokenizer = Omni.from_pretrained(last or cfg.init_from)
@@ -213,7 +215,7 @@ def dialogues(split):
 train_set, validation_set = dialogues("train"), dialogues("validation")
 lengths = {split: list(rows.lengths()) for split, rows in (("train", train_set), ("validation", validation_set))}
 corpus = {"dialogues": len(train_set), "settings": read_json(cfg.corpus, "meta.json"),
-          "sha256": hashlib.sha256(repr((train_set.rows["id"], lengths["train"])).encode()).hexdigest()}
+          "sha256": hashlib.sha256(repr((train_set.rows["id"], train_set.rows["replies"], lengths["train"])).encode()).hexdigest()}
 if saved and corpus != saved["corpus"]:
     was, now = ({"dialogues": c["dialogues"]} | c["settings"] for c in (saved["corpus"], corpus))
     difference = [f"{k} {was.get(k)} -> {now.get(k)}" for k in now | was if was.get(k) != now.get(k)] or ["the dialogues themselves"]
@@ -251,15 +253,18 @@ def to_device(batch):
 
 
 def in_worker(_):
-    """What workers inherit must not make them deaf, nor take the main process's cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Who stops a run may signal its whole process group: workers go on until the step is done. Nor do they take the main
+    process's cores."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def batches_of(rows, groups):
     """A loader of the batches that `groups`, lists of row numbers, ask for. It draws from no generator but its own."""
     return torch.utils.data.DataLoader(rows, batch_sampler=groups, collate_fn=collate, num_workers=cfg.workers, worker_init_fn=in_worker,
-                                       prefetch_factor=4 if cfg.workers else None, generator=torch.Generator())
+                                       prefetch_factor=4 if cfg.workers else None, generator=torch.Generator(),
+                                       multiprocessing_context="fork" if cfg.workers else None)    # this file has no main() to import
 
 
 # ------------------------------------------------------------------------------------ optimizer, checkpoint, eval
@@ -318,7 +323,7 @@ def set_rng_state(state):
 def save():
     """out_dir/step-N/, whole or not at all; then the newest `keep` and the best one stay. All processes take part, one writes."""
     weights, states = get_model_state_dict(omni, options=whole), get_optimizer_state_dict(omni, optimizers, options=whole)
-    rng = gather_object([rng_state()])
+    rng = gather_object([rng_state() | {"window": window.tolist()}])
     folder, problem = os.path.join(cfg.out_dir, f"step-{step:06d}"), 0
     if main:
         tmp = folder + ".part"
@@ -502,9 +507,14 @@ if cfg.compare:
 loader = batches_of(train_set, (rows for at in range(step, max_steps) for rows in plan(at)))
 bar = tqdm(total=max_steps, initial=step, desc=cfg.stage, unit="step", disable=None if main else True, mininterval=1, dynamic_ncols=True)
 batches, clock, done, waited = iter(loader), time.time(), 0, 0.0
+atexit.register(lambda: globals().pop("batches", None))        # its workers end with it; the signal that would end them they ignore
 window = torch.zeros(3, device=accelerator.device)    # loss, targets, right since the last log line
-if last and rank < saved["processes"]:
-    set_rng_state(torch.load(os.path.join(last, "rng.pt"), weights_only=True)[rank])    # last, so that nothing draws before the loop
+if last:
+    states = torch.load(os.path.join(last, "rng.pt"), weights_only=True)
+    for state in states[rank::world]:                 # with fewer processes than before also those of the others
+        window += torch.tensor(state["window"], device=accelerator.device)
+    if rank < len(states):
+        set_rng_state(states[rank])                   # last, so that nothing draws before the loop
 profiler, first = torch.profiler.profile() if cfg.profile and main else None, step
 model.train()
 while step < max_steps and not patience_is_over():
@@ -520,19 +530,22 @@ while step < max_steps and not patience_is_over():
     targets = accelerator.reduce(sum((b[key] != IGNORE).sum() for b in micro))     # of the whole global batch
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["lr"] = get_lr(step)
-    bad = torch.zeros(1, device=accelerator.device)
+    losses = []
     for i, batch in enumerate(micro):
         # DDP reduces gradients once; sharded, each micro-batch's go where they belong at once, or the whole of them would lie here
         with accelerator.no_sync(model) if i < len(micro) - 1 and not sharded else contextlib.nullcontext():
             loss, n, right = model(batch, cfg.stage)
             (loss * world / targets).backward()                # the mean over processes is taken: times world
         window += torch.stack([loss.detach(), n, right])
-        bad += ~torch.isfinite(loss.detach())
+        losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.clip)
     norm = norm.full_tensor() if sharded else norm
-    if accelerator.reduce(bad + ~torch.isfinite(norm)).item():
-        names = [name for batch in micro for name in batch["names"]]
-        print(f"step {step}, process {rank}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
+    bad = ~torch.isfinite(torch.stack([*losses, norm]))
+    bad_losses, bad_ones = accelerator.reduce(torch.stack([bad[:-1].any(), bad.any()]).float()).tolist()
+    if bad_ones:                                      # say which rows: those of the losses, or if it is the gradient alone, all
+        names = [name for batch, b in zip(micro, bad) if b or not bad_losses for name in batch["names"]]
+        if names:
+            print(f"step {step}, process {rank}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
         fail(f"stopped before step {step} was taken; the last checkpoint is untouched. Look at the rows above, or lower --lr {cfg.lr}")
     for optimizer in optimizers:
         optimizer.step()
