@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -489,6 +490,7 @@ def compare():
 
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, ask_to_stop)                # finish the step, save, say how to go on
+atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])    # deaf to a kinder end: in_worker
 if os.path.isdir(final):
     say(f"{cfg.out_dir} is complete: {final}")
     raise SystemExit(0)
