@@ -186,6 +186,7 @@ if not last and base is None:                         # new, from backbones, or 
             model.save_pretrained(base + ".part", tokenizer, tts_tokenizer)
             seal(base + ".part", base, {})
         except (OSError, RuntimeError) as e:
+            shutil.rmtree(base + ".part", ignore_errors=True)
             fail(f"{base} cannot be written ({e}); make room or choose another --out_dir")
 accelerator.wait_for_everyone()
 base = saved["base"] if last else {"folder": os.path.relpath(base, final), "sha256": hashes(base)}
