@@ -394,7 +394,10 @@ class Omni(nn.Module):
     def forward(self, batch, stage):
         """batch: what data.collate makes. Returns (sum of the loss over the targets, their number, how many were
         guessed right), of which the first carries the gradient."""
-        frozen = None if stage == "stage1_tts" else batch["frozen"] if "frozen" in batch else self.frozen(batch, stage)
+        if "frozen" in batch:                                  # kept in bf16, and trained in fp32 perhaps
+            frozen = batch["frozen"].to(self.lm_head.weight.dtype)
+        else:
+            frozen = None if stage == "stage1_tts" else self.frozen(batch, stage)
         if stage == "stage1":
             states = run(self.model, self.embed_prompt(batch["ids"], frozen), batch["lengths"])
             return summed_loss(states, self.lm_head, batch["labels"])
