@@ -1,6 +1,13 @@
-"""What several tests share: a tiny checkpoint with random weights, and one made-up dialogue after another."""
+"""What several tests share: a tiny checkpoint with random weights, one made-up dialogue after another, and a micro corpus for
+the tests that run the real commands."""
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
+
+# Threads that wait for each other sleep instead of spinning: on two cores, beside other jobs, tests take a fifth of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch is imported; commands inherit it
 
 import numpy as np
 import pytest
@@ -9,7 +16,8 @@ import torch
 from data import Dialogues, wav_bytes
 from model import Omni
 
-CHECKPOINT = Path(__file__).parent / "data" / "llama_omni2"
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "tests" / "data" / "llama_omni2"
 
 
 def load(folder=CHECKPOINT / "checkpoint"):
@@ -44,3 +52,26 @@ def items(tiny):
     """ROWS, laid out for training: three dialogues of one, two and three turns."""
     omni, *tokenizers = tiny
     return list(Dialogues(ROWS, *tokenizers, omni.model.speech_encoder.n_mels, omni.R, omni.W))
+
+
+def run(*command, code=0, **more):
+    """Run a command in the repository; return what it printed."""
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+    assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a micro corpus and the backbones in tiny/."""
+    at = tmp_path_factory.mktemp("world")
+    (at / "tiny").symlink_to(ROOT / "tiny")
+    run(sys.executable, "data.py", "--out_dir", at / "corpus", "--train", 48, "--validation", 8, "--test", 8)
+    return at
+
+
+def train_arguments(at, stage, out_dir, **more):
+    """What follows `train.py` on the command line, in a micro world; more: {"--key": value}."""
+    options = {"--corpus": at / "corpus", "--out_dir": at / out_dir, "--llm": at / "tiny/qwen2", "--speech_lm": at / "tiny/qwen2",
+               "--whisper": at / "tiny/whisper.pt", "--batch_size": 8} | more
+    return [f"config/tiny_{stage}.py", *(str(x) for pair in options.items() for x in pair)]
