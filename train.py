@@ -510,7 +510,6 @@ if cfg.compare:
 loader = batches_of(train_set, (rows for at in range(step, max_steps) for rows in plan(at)))
 bar = tqdm(total=max_steps, initial=step, desc=cfg.stage, unit="step", disable=None if main else True, mininterval=1, dynamic_ncols=True)
 batches, clock, done, waited = iter(loader), time.time(), 0, 0.0
-atexit.register(lambda: globals().pop("batches", None))        # its workers end with it; the signal that would end them they ignore
 window = torch.zeros(3, device=accelerator.device)    # loss, targets, right since the last log line
 if last:
     states = torch.load(os.path.join(last, "rng.pt"), weights_only=True)
