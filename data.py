@@ -220,7 +220,8 @@ def read_wav(audio):
     if audio["bytes"] is None:
         return read_audio(audio["path"]).numpy()
     wav, rate = soundfile.read(io.BytesIO(audio["bytes"]), dtype="float32")
-    assert rate == SAMPLE_RATE, rate
+    if rate != SAMPLE_RATE:
+        raise ValueError(f"a clip of {rate} Hz in the corpus, where {SAMPLE_RATE} is due; build it with data.py")
     return wav
 
 

@@ -294,7 +294,7 @@ if cfg.muon:                                          # its steps are scaled to 
 omni = model
 if not sharded:
     model = accelerator.prepare(model)
-whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)    # on rank 0, also when sharded
+whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)    # on rank 0, also when sharded
 
 step = 0
 if last:

@@ -172,8 +172,8 @@ def test_logits_in_pieces(items, stage, monkeypatch):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @torch.no_grad()
 def test_what_is_frozen_can_be_kept(tiny, items, stage, tmp_path):
-    """A batch with the frozen networks' output in the place of its sound gives the loss, from memory to the bit, and through
-    a file in bfloat16 to its rounding; with autocast, which rounds alike, to the bit."""
+    """A batch with the frozen networks' output in the place of its sound gives the loss, and through a file in bfloat16 the
+    loss to its rounding. (With autocast, which rounds alike, it is the same to the bit: tests/test_faults.py.)"""
     omni, *tokenizers = tiny
     rows = Dialogues(ROWS, *tokenizers, omni.model.speech_encoder.n_mels, omni.R, omni.W)
     frozen = [omni.frozen(collate([item]), stage) for item in items]

@@ -11,7 +11,8 @@ import sys
 import pytest
 import soundfile
 
-from conftest import ROOT, run, train_arguments
+from conftest import CHECKPOINT, ROOT, run, train_arguments
+from test_released import layout
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no", "--quiet"]
@@ -52,6 +53,9 @@ def test_three_stages_and_a_reply(world):
         losses = [line["loss"] for line in log_of(world / stage) if "loss" in line]
         assert len(losses) == 9 and sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
         assert "speech adapter" in out and "val_loss" in out
+    names, *fields = layout(world / "stage2/final")            # exactly the official checkpoint's, whose LLM is not tied
+    golden, *golden_fields = layout(CHECKPOINT / "checkpoint")
+    assert names == golden - {"lm_head.weight"} and fields == golden_fields
     out = run(sys.executable, "sample.py", "--ckpt", world / "stage2", "--corpus", world / "corpus", "--codec",
               world / "tiny/codec.pt", "--out", world / "reply.wav", "--max_units", 60)
     assert "first text" in out and "real-time factor" in out
