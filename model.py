@@ -309,7 +309,7 @@ def summed_loss(hidden, head, labels):
     def part(hidden, labels):
         logits = head(hidden).float()                                                       # (targets, vocabulary)
         return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
-    parts = list(zip(*(x.split(max(1, LOGITS // len(head.weight))) for x in (hidden, labels))))
+    parts = list(zip(*(x.split(max(1, LOGITS // head.out_features)) for x in (hidden, labels))))
     parts = [checkpoint(part, *x, use_reentrant=False) if len(parts) > 1 else part(*x) for x in parts]
     return sum(loss for loss, _ in parts), torch.tensor(len(labels), device=hidden.device), sum(right for _, right in parts)
 

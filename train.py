@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -118,8 +119,14 @@ FREE = {"resume", "out_dir", "corpus", "log_every", "eval_every", "eval_dialogue
         "workers", "micro_tokens", "recompute", "compile", "cache", "patience"}
 
 cfg = configure(TrainConfig)
-# `accelerate launch` with an FSDP file sets this. Accelerate's own FSDP would make the loss bf16 and ignore CPUs: shard below
-sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+if cfg.tracker == "wandb" and not importlib.util.find_spec("wandb"):        # Accelerate would go on without a word
+    fail("--tracker wandb needs W&B, which is not installed: `pip install wandb`, or leave it out for TensorBoard")
+# `accelerate launch` with an FSDP or a DeepSpeed file sets these. Accelerate's own FSDP would make the loss bf16 and ignore CPUs,
+# its own DeepSpeed steps before a NaN is seen: shard below
+fsdp, zero3 = (os.environ.pop(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+sharded = fsdp or zero3
+if zero3 and cfg.muon:
+    fail("muon needs whole matrices, and DeepSpeed lays them flat; take --muon false, or FSDP")
 no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())    # said aloud, or Accelerate ignores torchrun
 accelerator = accelerate.Accelerator(cpu=no_gpu, mixed_precision=cfg.precision, project_dir=cfg.out_dir,
                                      log_with=None if cfg.tracker == "none" else cfg.tracker)
@@ -214,10 +221,19 @@ def dialogues(split):
     return Dialogues(load_corpus(cfg.corpus, split), tokenizer, tts_tokenizer, model.model.speech_encoder.n_mels,
                      cfg.read, cfg.write, cfg.pad_audio, hear=cfg.stage != "stage1_tts")
 
+
+def fingerprint(rows):
+    """Of all that is learned from and of how long the clips are, but not of their sound, which would take long to read."""
+    digest = hashlib.sha256()
+    for part in rows.select_columns(["id", "users", "replies", "units", "samples"]).with_format(None).iter(1000):
+        digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
 train_set, validation_set = dialogues("train"), dialogues("validation")
 lengths = {split: list(rows.lengths()) for split, rows in (("train", train_set), ("validation", validation_set))}
 corpus = {"dialogues": len(train_set), "settings": read_json(cfg.corpus, "meta.json"),
-          "sha256": hashlib.sha256(repr((train_set.rows["id"], train_set.rows["replies"], lengths["train"])).encode()).hexdigest()}
+          "sha256": hashlib.sha256("".join(fingerprint(rows.rows) for rows in (train_set, validation_set)).encode()).hexdigest()}
 if saved and corpus != saved["corpus"]:
     was, now = ({"dialogues": c["dialogues"]} | c["settings"] for c in (saved["corpus"], corpus))
     difference = [f"{k} {was.get(k)} -> {now.get(k)}" for k in now | was if was.get(k) != now.get(k)] or ["the dialogues themselves"]
@@ -277,11 +293,11 @@ def get_lr(step):
         return cfg.lr * (step + 1) / rise
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, max_steps - rise)))
 
-if sharded:                                           # weights, gradients and optimizer state are shared out over the processes
+if fsdp:                                              # weights, gradients and optimizer state are shared out over the processes
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cfg.precision == "bf16" else MixedPrecisionPolicy()
     for module in [m for m in model.modules() if isinstance(m, Qwen2DecoderLayer)] + [model]:
         fully_shard(module, mp_policy=half)
-else:
+elif not zero3:
     model.to(accelerator.device)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n}
@@ -291,19 +307,55 @@ optimizers = [torch.optim.AdamW([{"params": [p for n, p in trained.items() if p.
                                 lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)]
 if cfg.muon:                                          # its steps are scaled to the size of AdamW's: one lr serves both
     optimizers.append(torch.optim.Muon(list(matrices.values()), lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-omni = model
-if not sharded:
+omni, step = model, saved["step"] if last else 0
+if zero3:
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use")     # of torch 2.13, in each step
+    import deepspeed
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+    settings = accelerate.DeepSpeedPlugin().deepspeed_config                  # what the yaml says of stage and offload
+    if settings["zero_optimization"]["stage"] != 3:
+        fail("of DeepSpeed only zero_stage 3 is for this loop; for what fits each GPU whole take config/accelerate/8gpu.yaml")
+    names = {p: n for n, p in trained.items()}
+    groups = [[names[p] for p in group["params"]] for group in optimizers[0].param_groups]
+    masters = {n: p.detach().clone() for n, p in trained.items()}             # in fp32; DeepSpeed's would come from bf16
+    model, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=settings | {
+        "train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
+        "gradient_clipping": cfg.clip, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": cfg.precision == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"})
+    for name, p in trained.items():
+        deepspeed.utils.safe_set_full_fp32_param(p, masters.pop(name).to(accelerator.device))
+elif not fsdp:
     model = accelerator.prepare(model)
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)    # on rank 0, also when sharded
+MOMENTS = "exp_avg", "exp_avg_sq"                     # what AdamW keeps of each parameter, beside the step
 
-step = 0
+
+def get_states():
+    """(weights, state of the optimizers) of what is trained, whole, by the parameter's name, on rank 0. All take part."""
+    if not zero3:
+        return get_model_state_dict(omni, options=whole), get_optimizer_state_dict(omni, optimizers, options=whole)
+    weights, states = {}, {}
+    for name, p in trained.items():
+        full = [deepspeed.utils.safe_get_full_fp32_param(p), *(deepspeed.utils.safe_get_full_optimizer_state(p, k) for k in MOMENTS)]
+        if main:
+            weights[name], *moments = (x.cpu() for x in full)
+            states[name] = dict(zip(MOMENTS, moments), step=torch.tensor(float(step)))
+    return weights, {"state": states, "param_groups": [group | {"params": names} for group, names in zip(optimizers[0].param_groups, groups)]}
+
+
 if last:
-    step = saved["step"]
-    states = torch.load(os.path.join(last, "optimizer.pt"), weights_only=True, mmap=True) if main else {}
-    set_optimizer_state_dict(omni, optimizers, states, options=dataclasses.replace(whole, broadcast_from_rank0=world > 1))
+    states = torch.load(os.path.join(last, "optimizer.pt"), weights_only=True, mmap=True) if main or zero3 else {}
+    if zero3:
+        for flat in model.optimizer.fp32_partitioned_groups_flat:
+            optimizers[0].state[flat] = {k: torch.zeros_like(flat) for k in MOMENTS} | {"step": torch.tensor(float(step), device=flat.device)}
+        for (name, p), k in itertools.product(trained.items(), MOMENTS):
+            deepspeed.utils.safe_set_full_optimizer_state(p, states["state"][name][k].to(accelerator.device), k)
+    else:
+        set_optimizer_state_dict(omni, optimizers, states, options=dataclasses.replace(whole, broadcast_from_rank0=world > 1))
 if main:
     os.makedirs(cfg.out_dir, exist_ok=True)
-    accelerator.init_trackers("nanoOmni" if cfg.tracker == "wandb" else "tensorboard")
+    accelerator.init_trackers("nanoOmni" if cfg.tracker == "wandb" else "tensorboard",
+                              init_kwargs={"wandb": {"dir": cfg.out_dir, "name": cfg.out_dir, "config": dataclasses.asdict(cfg)}})
 history = saved["log"] if saved else []
 
 
@@ -324,7 +376,7 @@ def set_rng_state(state):
 
 def save():
     """out_dir/step-N/, whole or not at all; then the newest `keep` and the best one stay. All processes take part, one writes."""
-    weights, states = get_model_state_dict(omni, options=whole), get_optimizer_state_dict(omni, optimizers, options=whole)
+    weights, states = get_states()
     rng = gather_object([rng_state() | {"window": window.tolist()}])
     folder, problem = os.path.join(cfg.out_dir, f"step-{step:06d}"), 0
     if main:
@@ -379,12 +431,20 @@ def export(folder):
     say(f"exported {folder} to {final}")
 
 
-def unshard(on):
-    """Give every process the whole model, so that each can evaluate and talk at its own pace; and take it back."""
-    for module in omni.modules():
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(not on, recurse=False)
-            module.unshard() if on else module.reshard()
+@contextlib.contextmanager
+def unsharded():
+    """Every process has the whole model, so that each can evaluate and talk at its own pace."""
+    if zero3:
+        with unwrap_model_for_generation(model):
+            yield
+        return
+    for on in (True, False):
+        for module in omni.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(not on, recurse=False)
+                module.unshard() if on else module.reshard()
+        if on:
+            yield
 
 
 @torch.no_grad()
@@ -427,8 +487,7 @@ def write_samples():
         line = f"{asked} -> {text}" + f" | {len(units)} units: {' '.join(map(str, units))}" * bool(units)
         with open(stem + ".txt", "w") as f:
             f.write(line + "\n")
-        if board:
-            board.add_text(f"sample {r}", line, step)
+        accelerator.log({f"sample {r}": line}, step=step)
         if units and voice:
             wav = voice.decode(torch.tensor(units)).cpu().numpy()
             soundfile.write(stem + ".wav", wav, voice.sample_rate)
@@ -447,7 +506,7 @@ def remember(split, rows):
     path = os.path.join(cfg.cache, f"{split}-{name}.bf16")
     if not os.path.exists(path):
         if sharded:
-            fail(f"the cache {path} is not there yet; start the same command without FSDP once, then stop it when training begins")
+            fail(f"the cache {path} is not there yet; start the same command without FSDP or DeepSpeed once, then stop it when training begins")
         os.makedirs(cfg.cache, exist_ok=True)
         total, free = 2 * width * starts[-1], shutil.disk_usage(cfg.cache).free
         say(f"cache: {path} will hold {len(sizes):,} dialogues in {total / 1e9:.2f} GB; {free / 1e9:.0f} GB are free")
@@ -491,7 +550,15 @@ def compare():
 
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, ask_to_stop)                # finish the step, save, say how to go on
-atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])    # deaf to a kinder end: in_worker
+
+@atexit.register
+def end_workers():
+    """They are deaf to a kinder end (in_worker), and torch would take theirs for a failure."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 if os.path.isdir(final):
     say(f"{cfg.out_dir} is complete: {final}")
     raise SystemExit(0)
@@ -518,18 +585,22 @@ if last:
     if rank < len(states):
         set_rng_state(states[rank])                   # last, so that nothing draws before the loop
 profiler, first = torch.profiler.profile() if cfg.profile and main else None, step
+backward = model.backward if zero3 else torch.Tensor.backward
 model.train()
 while step < max_steps and not patience_is_over():
     if profiler and step == first + 3:                # the first steps are not like the others
         profiler.start()
-    clock_data = time.time()
+    clock_data, problem, key = time.time(), None, "labels" if cfg.stage == "stage1" else "speech_labels"
     try:
-        micro = [to_device(next(batches)) for _ in plan(step)]
+        micro = [next(batches) for _ in plan(step)]
     except (OSError, ValueError, RuntimeError) as e:  # of a worker, with its traceback: the last line says which row
-        fail(f"step {step} cannot be made: {str(e).strip().splitlines()[-1]}; the last checkpoint stands")
+        micro, problem = [], str(e).strip().splitlines()[-1]
     waited += time.time() - clock_data
-    key = "labels" if cfg.stage == "stage1" else "speech_labels"
-    targets = accelerator.reduce(sum((b[key] != IGNORE).sum() for b in micro))     # of the whole global batch
+    targets = sum((b[key] != IGNORE).sum().item() for b in micro)
+    targets, problems = accelerator.reduce(torch.tensor([targets, problem is not None], device=accelerator.device)).tolist()    # of all processes
+    if problems:
+        fail(f"step {step} cannot be made: {problem or 'another process says why'}; the last checkpoint stands")
+    micro = [to_device(batch) for batch in micro]
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["lr"] = get_lr(step)
     losses = []
@@ -537,11 +608,15 @@ while step < max_steps and not patience_is_over():
         # DDP reduces gradients once; sharded, each micro-batch's go where they belong at once, or the whole of them would lie here
         with accelerator.no_sync(model) if i < len(micro) - 1 and not sharded else contextlib.nullcontext():
             loss, n, right = model(batch, cfg.stage)
-            (loss * world / targets).backward()                # the mean over processes is taken: times world
+            backward(loss * world / targets)                   # the mean over processes is taken: times world
         window += torch.stack([loss.detach(), n, right])
         losses.append(loss.detach())
-    norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.clip)
-    norm = norm.full_tensor() if sharded else norm
+    if zero3:                                         # it takes the step here, unless a gradient is not finite
+        model.step()
+        norm = torch.tensor(math.nan if model.optimizer.overflow else float(model.get_global_grad_norm()), device=accelerator.device)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.clip)
+        norm = norm.full_tensor() if fsdp else norm
     bad = ~torch.isfinite(torch.stack([*losses, norm]))
     bad_losses, bad_ones = accelerator.reduce(torch.stack([bad[:-1].any(), bad.any()]).float()).tolist()
     if bad_ones:                                      # say which rows: those of the losses, or if it is the gradient alone, all
@@ -549,7 +624,7 @@ while step < max_steps and not patience_is_over():
         if names:
             print(f"step {step}, process {rank}: the loss or its gradient is not finite. Rows: {', '.join(names)}", flush=True)
         fail(f"stopped before step {step} was taken; the last checkpoint is untouched. Look at the rows above, or lower --lr {cfg.lr}")
-    for optimizer in optimizers:
+    for optimizer in () if zero3 else optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     step, done = step + 1, done + 1
@@ -576,11 +651,10 @@ while step < max_steps and not patience_is_over():
     better = False
     if step % cfg.eval_every == 0 or step == max_steps:
         before, began = best_validation(), time.time()
-        unshard(True)
-        result = evaluate()
-        if main:
-            write_samples()
-        unshard(False)
+        with unsharded():
+            result = evaluate()
+            if main:
+                write_samples()
         history.append({"step": step} | result)
         better = result["val_loss"] < before[0]
         say(f"step {step}/{max_steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()) + " | the best so far" * better)
