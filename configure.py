@@ -24,7 +24,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 def fail(message) -> typing.NoReturn:
     """Print `error: <message>` as one line on stderr and exit with code 2: how every script refuses bad input."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(str(message).splitlines())}\n")       # at once, or those of two processes mix
     raise SystemExit(2)
 
 

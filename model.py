@@ -506,6 +506,8 @@ class Omni(nn.Module):
         if tokenizer.convert_tokens_to_ids("<speech>") != tts_tokenizer.convert_tokens_to_ids("<sep>"):
             raise ValueError(f"{llm} and {speech_lm} have different tokenizers; the speech LM must know the LLM's ids")
         encoder = SpeechEncoder.from_whisper(whisper)
+        if encoder.conv2.out_channels != 64 * encoder.blocks[0].attn.n_head:
+            raise ValueError(f"the heads of Whisper {whisper} are not 64 wide as those of every released one; a checkpoint would not say so")
         mouth = Qwen2ForCausalLM.from_pretrained(speech_lm, dtype=torch.float32)
         mouth.resize_token_embeddings(len(tts_tokenizer), mean_resizing=False)
         mouth.config.eos_token_id = mouth.config.bos_token_id = tts_tokenizer.eos_token_id

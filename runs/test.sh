@@ -2,4 +2,4 @@
 # All tests, on CPU, without downloads other than requirements.txt: `bash runs/test.sh [arguments of pytest]`.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-exec pytest "$@"
+exec pytest -n 2 --dist loadfile "$@"       # two files at a time

@@ -2,13 +2,16 @@
 shipped files on the test split. It protects against files that fit neither the code nor the world they were made for."""
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+import whisper
+from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from codec import NanoCodec
+from conftest import run
 from eval import hear, language_model, typed, word_error_rate
 from tiny import backbones, world
 
@@ -34,7 +37,6 @@ def test_sizes():
 @pytest.mark.parametrize("accents,figure", [(world.ACCENTS, "unseen sentences and voices:"), ([world.UNSEEN_ACCENT], "in an unseen accent:")])
 def test_whisper(accents, figure):
     """Word error rate on unseen sentences in unseen voices, and in an accent that it never heard."""
-    import whisper
     from model import SpeechEncoder
     from transformers import Qwen2Tokenizer
     model = whisper.load_model(str(TINY / "whisper.pt"), device="cpu")
@@ -65,3 +67,13 @@ def test_codec():
     back = [codec.decode(codec.encode(torch.from_numpy(w))).numpy() for w in original]
     there, ours = (100 * word_error_rate(texts, [hear((w, arpa)) for w in wavs]) for wavs in (original, back))
     assert ours - there < logged("codec: bigram judge.*excess") + 3
+
+
+def test_backbones_load_where_downloads_would(tmp_path):
+    """What tiny/backbones.py makes opens with the libraries' own loaders, as the real ones do."""
+    run(sys.executable, "tiny/backbones.py", "--out_dir", tmp_path, "--qwen2_dialogues", 400, "--qwen2_steps", 20,
+        "--codec_sentences", 100, "--codec_steps", 10, "--whisper_clips", 128, "--whisper_steps", 4, "--figures", 8)
+    assert whisper.load_model(str(tmp_path / "whisper.pt"), device="cpu").dims.n_mels == 80
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen2")
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path / "qwen2").config.vocab_size == len(tokenizer)
+    assert NanoCodec.load(tmp_path / "codec.pt").sample_rate == 16000

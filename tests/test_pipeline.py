@@ -35,19 +35,6 @@ def log_of(folder):
     return json.loads((last / "meta.json").read_text())["log"]
 
 
-def test_backbones_load_where_downloads_would(tmp_path):
-    """What tiny/backbones.py makes opens with the libraries' own loaders, as the real ones do."""
-    import whisper
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-    from codec import NanoCodec
-    run(sys.executable, "tiny/backbones.py", "--out_dir", tmp_path, "--qwen2_dialogues", 400, "--qwen2_steps", 20,
-        "--codec_sentences", 100, "--codec_steps", 10, "--whisper_clips", 128, "--whisper_steps", 4, "--figures", 8)
-    assert whisper.load_model(str(tmp_path / "whisper.pt"), device="cpu").dims.n_mels == 80
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen2")
-    assert Qwen2ForCausalLM.from_pretrained(tmp_path / "qwen2").config.vocab_size == len(tokenizer)
-    assert NanoCodec.load(tmp_path / "codec.pt").sample_rate == 16000
-
-
 def test_three_stages_and_a_reply(world):
     for stage, start in (("stage1", None), ("stage1_tts", "stage1"), ("stage2", "stage1_tts")):
         out = train(world, stage, stage, "--epochs", 3, *(["--init_from", world / start] if start else []))
