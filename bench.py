@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from codec import LOOKAHEAD, UNIT_VOCAB, CosyVoice2
 from configure import configure, fail
 from data import Dialogues, collate, deal, load_corpus, wav_bytes
-from model import IGNORE, SPEECH, STAGES, Omni, SpeechEncoder, speech_positions, summed_loss
+from model import IGNORE, SPEECH, STAGES, Head, Omni, SpeechEncoder, speech_positions
 
 # Qwen2.5: width, layers, heads, key-value heads, MLP, vocabulary, are head and table one tensor?
 QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -342,13 +342,13 @@ def train(cfg):
 def loss_case(pieces, targets=2048, width=896, vocabulary=151936):
     """Peak memory of the loss, forward and backward, over the 0.5B's vocabulary, in bytes above what its inputs take."""
     torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(width, vocabulary, bias=False), torch.randn(targets, width, requires_grad=True)
+    head, hidden = Head(width, vocabulary, bias=False), torch.randn(targets, width, requires_grad=True)
     head.weight.grad, device = torch.zeros_like(head.weight), "cuda" if torch.cuda.is_available() else "cpu"
     head, hidden = head.to(device), hidden.detach().to(device).requires_grad_()
     labels = torch.randint(vocabulary, (targets,), device=device)
     peak = lambda: torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     before, clock = peak(), time.perf_counter()
-    (summed_loss(hidden, head, labels)[0] if pieces else F.cross_entropy(head(hidden).float(), labels, reduction="sum")).backward()
+    (head(hidden, labels)[0] if pieces else F.cross_entropy(head(hidden).float(), labels, reduction="sum")).backward()
     return peak() - before, time.perf_counter() - clock
 
 

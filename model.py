@@ -266,6 +266,28 @@ class SpeechAdapter(nn.Module):
         return self.linear2(F.relu(self.linear1(x.reshape(-1, DOWNSAMPLE * x.shape[-1]))))
 
 
+class Head(nn.Linear):
+    """The last layer; given labels, with the loss."""
+
+    def forward(self, hidden, labels=None):
+        """hidden (..., H) -> logits (..., vocabulary). With labels (T,), what each position of hidden (T, H) is to predict:
+        (cross-entropy, summed; number of targets; number right).
+
+        Logits are made only where there is a target, since most positions are prompt or speech, and LOGITS of them at a time, since
+        the vocabulary is large; the way back makes them once more. All in one call, at which ZeRO-3 gathers the weights: every
+        process must make as many."""
+        if labels is None:
+            return super().forward(hidden)
+        hidden, labels = hidden[labels != IGNORE], labels[labels != IGNORE]
+
+        def part(hidden, labels):
+            logits = F.linear(hidden, self.weight).float()                                  # (targets, vocabulary)
+            return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+        parts = list(zip(*(x.split(max(1, LOGITS // self.out_features)) for x in (hidden, labels))))
+        parts = [checkpoint(part, *x, use_reentrant=False) if len(parts) > 1 else part(*x) for x in parts]
+        return sum(loss for loss, _ in parts), torch.tensor(len(labels), device=hidden.device), sum(right for _, right in parts)
+
+
 class SpeechGenerator(nn.Module):
     """Gate fusion (equations 1 to 4) and the speech LM, a Qwen2 whose vocabulary is text, `<sep>`, units.
 
@@ -277,8 +299,9 @@ class SpeechGenerator(nn.Module):
     def __init__(self, config, hidden_size, fusion="gate"):
         super().__init__()
         self.fusion = fusion
-        self.model = Qwen2ForCausalLM(config)
-        D = config.hidden_size
+        self.model, D = Qwen2ForCausalLM(config), config.hidden_size
+        self.model.lm_head = nn.utils.skip_init(Head, D, config.vocab_size, bias=False)
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight               # tied, always
         self.input_proj = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), nn.Linear(2 * hidden_size, D))
         self.gate = nn.Sequential(nn.Linear(2 * D, D), nn.Sigmoid())
         self.eos = config.eos_token_id
@@ -300,20 +323,6 @@ class SpeechGenerator(nn.Module):
         return g * z + (1 - g) * e
 
 
-def summed_loss(hidden, head, labels):
-    """Cross-entropy, summed. Logits are made only where there is a target, since most positions are prompt or speech, and
-    LOGITS of them at a time, since the vocabulary is large; the way back makes them once more.
-    hidden (T, H), labels (T,): what each position is to predict -> (loss, number of targets, number right)."""
-    hidden, labels = hidden[labels != IGNORE], labels[labels != IGNORE]
-
-    def part(hidden, labels):
-        logits = head(hidden).float()                                                       # (targets, vocabulary)
-        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
-    parts = list(zip(*(x.split(max(1, LOGITS // head.out_features)) for x in (hidden, labels))))
-    parts = [checkpoint(part, *x, use_reentrant=False) if len(parts) > 1 else part(*x) for x in parts]
-    return sum(loss for loss, _ in parts), torch.tensor(len(labels), device=hidden.device), sum(right for _, right in parts)
-
-
 # ------------------------------------------------------------------------------------------------- the whole
 
 class Omni(nn.Module):
@@ -324,7 +333,7 @@ class Omni(nn.Module):
         self.config, self.folder = config, None               # folder: see from_pretrained
         H = config["hidden_size"]
         self.model = Qwen2Model(qwen2_config(config))
-        self.lm_head = nn.Linear(H, config["vocab_size"], bias=False)
+        self.lm_head = Head(H, config["vocab_size"], bias=False)
         self.model.speech_encoder = encoder                    # where the release keeps them
         self.model.speech_projector = SpeechAdapter(config["speech_encoder_hidden_size"], H)
         self.speech_generator = SpeechGenerator(qwen2_config(config["speech_generator"]), H, config.get("fusion", "gate"))
@@ -400,13 +409,13 @@ class Omni(nn.Module):
             frozen = None if stage == "stage1_tts" else self.frozen(batch, stage)
         if stage == "stage1":
             states = run(self.model, self.embed_prompt(batch["ids"], frozen), batch["lengths"])
-            return summed_loss(states, self.lm_head, batch["labels"])
+            return self.lm_head(states, batch["labels"])
         generator = self.speech_generator
         x = generator.embed(batch["speech_ids"])                                             # (S, D)
         if stage == "stage2":
             at = batch["speech_rows"] >= 0
             x = x.masked_scatter(at[:, None], generator.fuse(frozen, batch["speech_ids"][at]).to(x.dtype))
-        return summed_loss(run(generator.model.model, x, batch["speech_lengths"]), generator.model.lm_head, batch["speech_labels"])
+        return generator.model.lm_head(run(generator.model.model, x, batch["speech_lengths"]), batch["speech_labels"])
 
     # ---- streaming
 
@@ -499,6 +508,8 @@ class Omni(nn.Module):
         """Before training: a Qwen2, a Whisper, and a second Qwen2 that becomes the speech LM (folders, files or hub
         names). Returns (model, tokenizer, tts_tokenizer)."""
         tokenizer, tts_tokenizer = Qwen2Tokenizer.from_pretrained(llm), Qwen2Tokenizer.from_pretrained(speech_lm)
+        if not tokenizer.chat_template:
+            raise ValueError(f"{llm} has no chat template: it was not made for conversations; take an Instruct model")
         tokenizer.add_tokens(["<speech>"], special_tokens=True)
         tts_tokenizer.add_tokens(["<sep>"], special_tokens=True)          # must take the id that `<speech>` has above
         tts_tokenizer.add_tokens([f"<{u}>" for u in range(UNIT_VOCAB)])

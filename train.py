@@ -17,6 +17,7 @@ whole model in the released layout.
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -39,8 +40,9 @@ import accelerate
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -129,10 +131,11 @@ if zero3 and cfg.muon:
     fail("muon needs whole matrices, and DeepSpeed lays them flat; take --muon false, or FSDP")
 no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())    # said aloud, or Accelerate ignores torchrun
 accelerator = accelerate.Accelerator(cpu=no_gpu, mixed_precision=cfg.precision, project_dir=cfg.out_dir,
-                                     log_with=None if cfg.tracker == "none" else cfg.tracker)
+                                     log_with=None if cfg.tracker == "none" else cfg.tracker,
+                                     kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))])    # for one that writes 200 GB
 main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-if accelerator.device.type == "cpu":                  # `accelerate launch` leaves each process one thread
-    torch.set_num_threads(max(1, os.cpu_count() // world))
+if accelerator.device.type == "cpu" or zero3:         # where CPUs compute. `accelerate launch` leaves each process one thread
+    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def say(text):
@@ -155,6 +158,8 @@ def asked_to_stop():
 
 final = os.path.join(cfg.out_dir, "final")
 last = newest_checkpoint(cfg.out_dir)
+if len(seen := set(gather_object([last and os.path.basename(last)]))) > 1:
+    fail(f"the processes see different checkpoints in {cfg.out_dir}: {', '.join(map(str, seen))}; on two machines it must be a folder that both see")
 if last and not cfg.resume:
     fail(f"{cfg.out_dir} holds a run already ({os.path.basename(last)}); leave --resume false out, or choose another --out_dir")
 saved = read_json(last, "meta.json") if last else None
@@ -196,6 +201,8 @@ if not last and base is None:                         # new, from backbones, or 
             shutil.rmtree(base + ".part", ignore_errors=True)
             fail(f"{base} cannot be written ({e}); make room or choose another --out_dir")
 accelerator.wait_for_everyone()
+if not last and not os.path.isdir(base):
+    fail(f"the first process wrote {base}, which is not there for this one; on two machines --out_dir must be a folder that both see")
 base = saved["base"] if last else {"folder": os.path.relpath(base, final), "sha256": hashes(base)}
 if cfg.lora_rank and not last:
     model.add_lora(cfg.lora_rank)
@@ -285,6 +292,14 @@ def batches_of(rows, groups):
                                        multiprocessing_context="fork" if cfg.workers else None)    # this file has no main() to import
 
 
+def readable(loader):
+    """Its batches, or one line that says which row cannot be read."""
+    try:
+        yield from loader
+    except (OSError, ValueError, RuntimeError) as e:  # of a worker, with its traceback: the last line says which row
+        fail(f"{str(e).strip().splitlines()[-1]}; the last checkpoint stands")
+
+
 # ------------------------------------------------------------------------------------ optimizer, checkpoint, eval
 
 def get_lr(step):
@@ -317,13 +332,14 @@ if zero3:
         fail("of DeepSpeed only zero_stage 3 is for this loop; for what fits each GPU whole take config/accelerate/8gpu.yaml")
     names = {p: n for n, p in trained.items()}
     groups = [[names[p] for p in group["params"]] for group in optimizers[0].param_groups]
-    masters = {n: p.detach().clone() for n, p in trained.items()}             # in fp32; DeepSpeed's would come from bf16
+    masters = {n: p.detach() for n, p in trained.items()}                     # in fp32; DeepSpeed's would come from bf16
     model, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=settings | {
         "train_batch_size": world, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
         "gradient_clipping": cfg.clip, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": cfg.precision == "bf16"}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"})
+    share = lambda x: F.pad(x.flatten(), (0, -x.numel() % world)).chunk(world)[rank]      # of this process, as DeepSpeed lays it out
     for name, p in trained.items():
-        deepspeed.utils.safe_set_full_fp32_param(p, masters.pop(name).to(accelerator.device))
+        deepspeed.utils.safe_set_local_fp32_param(p, share(masters.pop(name)))
 elif not fsdp:
     model = accelerator.prepare(model)
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)    # on rank 0, also when sharded
@@ -349,7 +365,7 @@ if last:
         for flat in model.optimizer.fp32_partitioned_groups_flat:
             optimizers[0].state[flat] = {k: torch.zeros_like(flat) for k in MOMENTS} | {"step": torch.tensor(float(step), device=flat.device)}
         for (name, p), k in itertools.product(trained.items(), MOMENTS):
-            deepspeed.utils.safe_set_full_optimizer_state(p, states["state"][name][k].to(accelerator.device), k)
+            deepspeed.utils.safe_set_local_optimizer_state(p, share(states["state"][name][k]), k)
     else:
         set_optimizer_state_dict(omni, optimizers, states, options=dataclasses.replace(whole, broadcast_from_rank0=world > 1))
 if main:
@@ -454,7 +470,7 @@ def evaluate():
     model.eval()
     totals = torch.zeros(5, device=accelerator.device)         # loss, targets, right, replies right, replies
     mine = deal(range(min(max(cfg.eval_dialogues, world), len(validation_set))), positions["validation"], cfg.micro_tokens, world)[rank]
-    for batch, rows in zip(batches_of(validation_set, mine), mine):
+    for batch, rows in zip(readable(batches_of(validation_set, mine)), mine):
         totals[:3] += torch.stack(omni(to_device(batch), cfg.stage))         # not DDP: ranks may differ in count
         if cfg.stage == "stage1":
             for r in rows:
@@ -469,7 +485,7 @@ def evaluate():
 def answer(r):
     """What the model says in the last turn of a validation dialogue, heard, or in stage 1 TTS read: (text, units)."""
     replies, hear, text, units = validation_set.rows[r]["replies"], cfg.stage != "stage1_tts", [], []
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):        # training goes on as if nothing had been drawn
+    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):        # training goes on as if nothing had been drawn
         for what, x in omni.generate(chat_ids(tokenizer, replies[:-1]), validation_set.mels(validation_set.rows[r]) if hear else (), max_tokens=40, temperature=0.3,
                                      speak=cfg.stage != "stage1", reply=None if hear else tokenizer(replies[-1])["input_ids"]):
             text += [x] if what == "text" else []
@@ -518,7 +534,7 @@ def remember(split, rows):
         accelerator.wait_for_everyone()
         mine = [list(range(i, min(i + 16, len(sizes)))) for i in range(16 * rank, len(sizes), 16 * world)]
         with open(path + ".part", "r+b") as file:
-            for group, batch in zip(tqdm(mine, desc=f"cache, {split}", disable=None if main else True), batches_of(rows, mine)):
+            for group, batch in zip(tqdm(mine, desc=f"cache, {split}", disable=None if main else True), readable(batches_of(rows, mine))):
                 with accelerator.autocast(), torch.no_grad():
                     kept = omni.frozen(to_device(batch), cfg.stage).bfloat16().cpu()
                 file.seek(2 * width * starts[group[0]])

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from whisper.model import ModelDimensions, Whisper
 
+import model
 from conftest import ROOT, train_arguments
 from data import FEATURES
 from model import newest_checkpoint
@@ -41,7 +42,7 @@ OWN = {"stage1": {"--precision": "no", "--muon": False, "--micro_tokens": 200}, 
        "stage2": {"--micro_tokens": 600}}
 SHARE = {None: {}, "FSDP": {"ACCELERATE_USE_FSDP": "true"},    # what `accelerate launch` makes of its file
          "DEEPSPEED": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-                       "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}}
+                       "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "LOGITS": "5000"}}    # some pieces, not as many in each process
 # New processes are forked from one that has imported what train.py imports, which takes 0.1 s instead of 5
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["data", "accelerate", "torch.distributed.checkpoint.state_dict", "tensorboard", "pytest", "peft"])
@@ -55,6 +56,7 @@ def become_train(arguments, env, log, limit):
     os.dup2(file, 1), os.dup2(file, 2)
     os.chdir(ROOT)
     os.environ |= env
+    model.LOGITS = int(env.get("LOGITS", model.LOGITS))
     sys.argv = ["train.py", *arguments]
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
