@@ -292,12 +292,20 @@ def batches_of(rows, groups):
                                        multiprocessing_context="fork" if cfg.workers else None)    # this file has no main() to import
 
 
+UNREADABLE = OSError, ValueError, RuntimeError        # what a loader raises at such a row
+
+
+def reason(e):
+    """A worker's error comes with its traceback: the last line says which row."""
+    return str(e).strip().splitlines()[-1]
+
+
 def readable(loader):
     """Its batches, or one line that says which row cannot be read."""
     try:
         yield from loader
-    except (OSError, ValueError, RuntimeError) as e:  # of a worker, with its traceback: the last line says which row
-        fail(f"{str(e).strip().splitlines()[-1]}; the last checkpoint stands")
+    except UNREADABLE as e:
+        fail(f"{reason(e)}; the last checkpoint stands")
 
 
 # ------------------------------------------------------------------------------------ optimizer, checkpoint, eval
@@ -485,7 +493,8 @@ def evaluate():
 def answer(r):
     """What the model says in the last turn of a validation dialogue, heard, or in stage 1 TTS read: (text, units)."""
     replies, hear, text, units = validation_set.rows[r]["replies"], cfg.stage != "stage1_tts", [], []
-    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):        # training goes on as if nothing had been drawn
+    gpu = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(gpu), torch.compiler.set_stance("force_eager"):     # training goes on as if nothing had been drawn
         for what, x in omni.generate(chat_ids(tokenizer, replies[:-1]), validation_set.mels(validation_set.rows[r]) if hear else (), max_tokens=40, temperature=0.3,
                                      speak=cfg.stage != "stage1", reply=None if hear else tokenizer(replies[-1])["input_ids"]):
             text += [x] if what == "text" else []
@@ -609,8 +618,8 @@ while step < max_steps and not patience_is_over():
     clock_data, problem, key = time.time(), None, "labels" if cfg.stage == "stage1" else "speech_labels"
     try:
         micro = [next(batches) for _ in plan(step)]
-    except (OSError, ValueError, RuntimeError) as e:  # of a worker, with its traceback: the last line says which row
-        micro, problem = [], str(e).strip().splitlines()[-1]
+    except UNREADABLE as e:
+        micro, problem = [], reason(e)
     waited += time.time() - clock_data
     targets = sum((b[key] != IGNORE).sum().item() for b in micro)
     targets, problems = accelerator.reduce(torch.tensor([targets, problem is not None], device=accelerator.device)).tolist()    # of all processes
