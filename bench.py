@@ -1,13 +1,14 @@
 """
-How long, how much memory: the README's figures of speed and size come from here, so that anybody can make them again.
+How fast, how much memory: the README's figures of speed and size come from here, for anybody to make again.
 
-How: python bench.py                      all of it
+How: python bench.py                      everything except the profile
      python bench.py --what sizes         parameters of each part and memory of each stage, by arithmetic
-     python bench.py --what stream        what the 50th chunk of a spoken reply costs, against the 2nd
-     python bench.py --what data          seconds and memory that data.py takes for dialogues of the released form
-     python bench.py --what train         tokens a second in training, share that is useful, memory, MFU, against a trainer that pads
-     python bench.py --what loss          memory of the loss over Qwen2.5's vocabulary, logits whole and in pieces
-The last line is JSON with all figures.
+     python bench.py --what stream        cost of the 50th chunk of a spoken reply against the 2nd
+     python bench.py --what data          seconds and memory that data.py takes for the released JSON
+     python bench.py --what train         tokens/s, memory and MFU in training, against a trainer that pads
+     python bench.py --what loss          memory of the loss over Qwen2.5's vocabulary, whole and in pieces
+     python bench.py --what profile       the most expensive operations of a few steps, and a trace of them
+The last line is JSON with all figures. The trace is for ui.perfetto.dev.
 """
 import json
 import math
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -29,74 +31,100 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from codec import LOOKAHEAD, UNIT_VOCAB, CosyVoice2
-from configure import configure, fail
-from data import Dialogues, collate, deal, load_corpus, wav_bytes
-from model import IGNORE, SPEECH, STAGES, Head, Omni, SpeechEncoder, speech_positions
+from data import Dialogues, collate, deal, positions_of
+from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder
+from omni import checkpoint
+from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, speech_positions, wav_bytes
+from omni.configure import configure, fail
+from omni.corpus import load_corpus
+from omni.cosyvoice import LOOKAHEAD, CosyVoice2
 
 # Qwen2.5: width, layers, heads, key-value heads, MLP, vocabulary, are head and table one tensor?
 QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
          "3B": (2048, 36, 16, 2, 11008, 151936, True), "7B": (3584, 28, 28, 4, 18944, 152064, False),
          "14B": (5120, 48, 40, 8, 13824, 152064, False)}
-PARTS = {"LLM": ("model.embed", "model.layers", "model.norm", "lm_head"), "adapter": "model.speech_projector",
-         "gate fusion": ("speech_generator.input_proj", "speech_generator.gate"), "speech LM": "speech_generator.model",
-         "encoder": "model.speech_encoder"}
+QWEN2_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "intermediate_size", "vocab_size", "tie_word_embeddings")
+BENCHES = ("sizes", "stream", "data", "train", "loss", "profile")
+WARM = 2                              # training steps before the clock starts, since the first are slower
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = ("sizes", "stream", "data", "train", "loss")   # which benches to run
-    sizes: tuple[str, ...] = ()                               # train: tiny, 0.5B ...; none: tiny on CPU, 0.5B and 3B on a GPU
-    codec: str = "tests/data/cosyvoice2_decoder"              # stream: a folder with flow.pt and hift.pt (this one is tiny)
-    head_dim: int = 8                                         # stream: head size of that flow; 64 in the release
-    chunk: int = 10                                           # stream: units in a chunk
-    dialogues: tuple[int, ...] = (1000, 4000, 16000)          # data: sizes of the made-up corpora
+    what: tuple[str, ...] = BENCHES[:-1]                # which benches to run
+    sizes: tuple[str, ...] = ()                         # train, profile: tiny, 0.5B ...; none: what fits here
+    codec: str = "tests/data/cosyvoice2_decoder"        # stream: a folder with flow.pt and hift.pt
+    head_dim: int = 8                                   # stream: head size of that flow; 64 in the release
+    chunk: int = 10                                     # stream: units in a chunk
+    dialogues: tuple[int, ...] = (1000, 4000, 16000)    # data: sizes of the made-up corpora
+    stage: str = "stage1"                               # profile: which stage
+    steps: int = 3                                      # profile: how many steps
+    out: str = "out/trace.json"                         # profile: the trace
 
     def __post_init__(self):
-        if min(self.chunk, self.head_dim, *self.dialogues) < 1:
-            raise ValueError("chunk, head_dim and dialogues must be at least 1")
-        unknown = set(self.what) - {"sizes", "stream", "data", "train", "loss"}
-        if unknown:
-            raise ValueError(f"what: {', '.join(unknown)} is none of sizes, stream, data, train, loss")
+        if min(self.chunk, self.head_dim, self.steps, *self.dialogues) < 1:
+            raise ValueError("chunk, head_dim, steps and dialogues must be at least 1")
+        for key, values, known in (("what", self.what, BENCHES), ("sizes", self.sizes, ("tiny", *QWEN2)),
+                                   ("stage", (self.stage,), STAGES)):
+            unknown = [value for value in values if value not in known]
+            if unknown:
+                raise ValueError(f"{key}: {', '.join(unknown)} is none of {', '.join(known)}")
 
+
+def sizes_here(cfg):
+    """The sizes to train: those that were asked for, or else what fits the machine."""
+    if cfg.sizes:
+        return cfg.sizes
+    return ("0.5B", "3B") if torch.cuda.is_available() else ("tiny",)
+
+
+# ------------------------------------------------------------------------------------------------------ sizes
 
 def real_model(size, device="meta"):
     """LLaMA-Omni 2 of a released size, "0.5B" to "14B". On the meta device it has shapes and no memory."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
-             "tie_word_embeddings")
     common = {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
-    speech = common | dict(zip(names, QWEN2["0.5B"])) | {"vocab_size": 151666 + UNIT_VOCAB, "eos_token_id": 151643}
-    config = common | dict(zip(names, QWEN2[size])) | {
-        "eos_token_id": 151645, "speech_encoder_hidden_size": 1280, "speech_generator": speech, "stream_params": "(3,10)"}
+    speech = common | dict(zip(QWEN2_FIELDS, QWEN2["0.5B"]))
+    speech |= {"vocab_size": 151666 + UNIT_VOCAB, "eos_token_id": 151643}
+    config = common | dict(zip(QWEN2_FIELDS, QWEN2[size])) | {
+        "eos_token_id": 151645, "speech_encoder_hidden_size": 1280, "speech_generator": speech,
+        "stream_params": "(3,10)"}
     with torch.device(device):
         return Omni(config, SpeechEncoder(128, 1500, 1280, 20, 32))
 
 
 def parameters(omni, trained=None):
-    """Millions of parameters by part; with `trained`, only those that do (True) or do not (False) get gradients."""
-    return {part: sum(p.numel() for n, p in omni.named_parameters()
-                      if n.startswith(prefix) and trained in (None, p.requires_grad)) / 1e6 for part, prefix in PARTS.items()}
+    """{part: millions of parameters}; with `trained` only those with gradients (True) or without (False)."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, p in omni.named_parameters():
+        if trained in (None, p.requires_grad):
+            part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
+            counts[part] += p.numel()
+    return {part: n / 1e6 for part, n in counts.items()}
 
 
-def sizes(cfg):
-    """AdamW in fp32 holds 16 bytes for a trained parameter (weight, gradient, two moments), a frozen one 4. Activations
-    come on top."""
+def bench_sizes(cfg):
+    """AdamW in fp32 takes 16 bytes for a trained parameter (weight, gradient, two moments), and 4 for a
+    frozen one. Activations come on top."""
     result = {}
-    print(f"{'million parameters':20}" + "".join(f"{part:>13}" for part in PARTS) + "".join(f"{s + ', GB':>16}" for s in STAGES))
+    print(f"{'million parameters':20}" + "".join(f"{part:>16}" for part in PARTS)
+          + "".join(f"{stage + ', GB':>16}" for stage in STAGES))
     for size in QWEN2:
         omni = real_model(size)
         result[size] = {"parameters": parameters(omni)}
         for stage in STAGES:
             omni.freeze_for(stage)
-            result[size][stage] = sum(16 * n for n in parameters(omni, True).values()) / 1e3 + sum(
-                4 * n for n in parameters(omni, False).values()) / 1e3
-        print(f"{size:20}" + "".join(f"{n:13,.1f}" for n in result[size]["parameters"].values())
-              + "".join(f"{result[size][s]:16.1f}" for s in STAGES))
+            trained, frozen = sum(parameters(omni, True).values()), sum(parameters(omni, False).values())
+            result[size][stage] = (16 * trained + 4 * frozen) / 1e3
+        print(f"{size:20}" + "".join(f"{n:16,.1f}" for n in result[size]["parameters"].values())
+              + "".join(f"{result[size][stage]:16.1f}" for stage in STAGES))
     return result
 
 
-def stream(cfg, chunks=50, repeats=5):
-    """Seconds for each chunk of one long reply, the median of several; with caches each costs the same."""
+# ----------------------------------------------------------------------------------------------------- stream
+
+def bench_stream(cfg, chunks=50, repeats=5):
+    """Milliseconds for chunks of one long reply, the median of several. Thanks to caches all should cost the
+    same."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".pt") as voice:
             torch.save(torch.zeros(1, 192), voice.name)
@@ -104,202 +132,221 @@ def stream(cfg, chunks=50, repeats=5):
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     codec.to("cuda" if torch.cuda.is_available() else "cpu")
-    units = torch.randint(0, UNIT_VOCAB, (cfg.chunk * chunks + LOOKAHEAD,), generator=torch.Generator().manual_seed(0)).tolist()
-    bursts = [units[:cfg.chunk + LOOKAHEAD]] + [units[i:i + cfg.chunk] for i in range(cfg.chunk + LOOKAHEAD, len(units), cfg.chunk)]
+    generator = torch.Generator().manual_seed(0)
+    units = torch.randint(0, UNIT_VOCAB, (cfg.chunk * chunks + LOOKAHEAD,), generator=generator).tolist()
+    first = cfg.chunk + LOOKAHEAD                     # units that the first chunk needs
+    bursts = [units[:first]] + [units[i:i + cfg.chunk] for i in range(first, len(units), cfg.chunk)]
     times = []
     for _ in range(repeats):
-        pieces, clock = codec.stream(iter(bursts)), time.perf_counter()
-        row = []
+        pieces, row = codec.stream(iter(bursts)), []
         for _ in range(chunks):
+            clock = time.perf_counter()
             next(pieces).cpu()
             row.append(time.perf_counter() - clock)
-            clock = time.perf_counter()
         times.append(row)
-    median = [statistics.median(row[i] for row in times) for i in range(chunks)]
-    result = {"chunk_2_ms": 1000 * statistics.median(median[1:4]), "chunk_50_ms": 1000 * statistics.median(median[-3:])}
+    median = [1000 * statistics.median(row[i] for row in times) for i in range(chunks)]
+    result = {"chunk_2_ms": statistics.median(median[1:4]), "chunk_50_ms": statistics.median(median[-3:])}
     result["ratio"] = result["chunk_50_ms"] / result["chunk_2_ms"]
-    print(f"stream: {cfg.codec}, {cfg.chunk} units a chunk: chunk 2 {result['chunk_2_ms']:.1f} ms, chunk 50 {result['chunk_50_ms']:.1f} ms, "
-          f"ratio {result['ratio']:.2f}")
+    print(f"stream: {cfg.codec}, {cfg.chunk} units a chunk: chunk 2 {result['chunk_2_ms']:.1f} ms, "
+          f"chunk 50 {result['chunk_50_ms']:.1f} ms, ratio {result['ratio']:.2f}")
     return result
 
 
-def data(cfg):
-    """The released JSON, made up, without its audio, in one process of data.py."""
-    result, rng = {}, random.Random(0)
+# ------------------------------------------------------------------------------------------------------- data
+
+def write_instructs2s(path, n):
+    """The released JSON with n made-up dialogues of two turns, without their audio."""
+    rng = random.Random(0)
+    with open(path, "w") as f:
+        for i in range(n):
+            turns = []
+            for t in range(2):
+                units = [rng.randrange(UNIT_VOCAB) for _ in range(475)]
+                turns += [{"from": "human", "text": f"Question {t} of {i}?", "speech": f"{i}-{t}-user.wav"},
+                          {"from": "gpt", "text": "An answer of a few words.", "unit": units}]
+            f.write("," if i else "[")
+            f.write(json.dumps({"id": f"d{i}", "conversation": turns}, indent=1) + "\n")
+        f.write("]")
+
+
+def peak_memory(pid):
+    """The most memory that a running process has held, in kB; 0 if it has just ended."""
+    with open(f"/proc/{pid}/status") as f:
+        for line in f:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1])
+    return 0
+
+
+def bench_data(cfg):
+    """Build a corpus from the released JSON in one process of data.py."""
+    result, here = {}, os.path.dirname(os.path.abspath(__file__))
     for n in cfg.dialogues:
         with tempfile.TemporaryDirectory() as folder:
-            turn = lambda i, t: [{"from": "human", "text": f"Question {t} of {i}?", "speech": f"{i}-{t}-user.wav"},
-                                 {"from": "gpt", "text": "An answer of a few words.",
-                                  "unit": [rng.randrange(UNIT_VOCAB) for _ in range(475)]}]
-            with open(f"{folder}/made_up.json", "w") as f:
-                for i in range(n):
-                    f.write("[,"[i > 0] + json.dumps({"id": f"d{i}", "conversation": turn(i, 0) + turn(i, 1)}, indent=1) + "\n")
-                f.write("]")
-            start, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
-            process = subprocess.Popen([sys.executable, "data.py", "config/data_instructs2s.py", "--path", f"{folder}/made_up.json",
-                                        "--out_dir", f"{folder}/corpus", "--processes", "1"], stdout=subprocess.DEVNULL,
-                                       cwd=os.path.dirname(os.path.abspath(__file__)))
-            while process.poll() is None:                     # getrusage's peak counts what this process held when it forked
-                with open(f"/proc/{process.pid}/status") as f:
-                    peak = max([peak, *(int(line.split()[1]) for line in f if line.startswith("VmHWM"))])      # kB
+            write_instructs2s(f"{folder}/made_up.json", n)
+            command = [sys.executable, "data.py", "config/data_instructs2s.py", "--processes", "1",
+                       "--path", f"{folder}/made_up.json", "--out_dir", f"{folder}/corpus"]
+            before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=here)
+            while process.poll() is None:             # getrusage would count what we held when we forked
+                peak = max(peak, peak_memory(process.pid))
                 time.sleep(0.02)
             seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         if process.returncode:
             fail(f"data.py ended with exit code {process.returncode}")
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         result[n] = {"seconds": seconds, "cpu_seconds": cpu, "peak_GB": peak / 1e6}
-        print(f"data: {n} dialogues without audio, one process: {seconds:.1f} s, {cpu:.1f} s of CPU time, {peak / 1e6:.2f} GB at most")
+        print(f"data: {n} dialogues without audio, one process: {seconds:.1f} s, {cpu:.1f} s of CPU time, "
+              f"{peak / 1e6:.2f} GB at most")
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------- training: rows
+
+class Plain(list):
+    """Rows in memory that can be read by number and by column, as Dialogues wants."""
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return [row[key] for row in self]
+        return super().__getitem__(key)
+
 
 def mixed(n):
-    """The embedded corpus, mixed with long rows: every eighth one is eight dialogues in one."""
+    """n rows of the embedded corpus, mixed with long ones: every eighth is eight dialogues in one."""
     rows = load_corpus("corpus/tiny", "train")
-    lists, result, at = [k for k, v in rows[0].items() if isinstance(v, list)], [], 0
+    lists = [key for key, value in rows[0].items() if isinstance(value, list)]
+    result, at = [], 0
     while len(result) < n:
-        parts = [rows[at + i] for i in range(8 if len(result) % 8 == 7 else 1)]
-        result.append(parts[0] | {k: [x for part in parts for x in part[k]] for k in lists})
-        at += len(parts)
+        size = 8 if len(result) % 8 == 7 else 1
+        parts = [rows[at + i] for i in range(size)]
+        at += size
+        result.append(parts[0] | {key: [x for part in parts for x in part[key]] for key in lists})
     return result
 
 
 def made_up(n):
-    """Rows of the lengths of InstructS2S-200K: two turns, 7.5 s a question, 19 s a reply (reference/), all of them ragged."""
+    """n rows with the ragged lengths of InstructS2S-200K: two turns, 7.5 s a question, 19 s a reply."""
     rng, rows = random.Random(0), []
     for i in range(n):
-        samples = [int(16000 * rng.lognormvariate(math.log(7), 0.4)) for _ in range(2)]
-        rows.append({"id": str(i), "replies": ["word " * int(rng.lognormvariate(math.log(45), 0.5)) for _ in samples], "samples": samples,
-                     "speech": [{"bytes": wav_bytes(np.random.default_rng(i).normal(0, 0.1, s)), "path": None} for s in samples],
-                     "units": [[rng.randrange(UNIT_VOCAB) for _ in range(int(rng.lognormvariate(math.log(450), 0.5)))] for _ in samples]})
+        samples = [int(SAMPLE_RATE * rng.lognormvariate(math.log(7), 0.4)) for _ in range(2)]
+        replies = ["word " * int(rng.lognormvariate(math.log(45), 0.5)) for _ in range(2)]
+        wavs = [np.random.default_rng(i).normal(0, 0.1, size) for size in samples]
+        speech = [{"bytes": wav_bytes(wav), "path": None} for wav in wavs]
+        units = []
+        for _ in range(2):
+            length = int(rng.lognormvariate(math.log(450), 0.5))
+            units.append([rng.randrange(UNIT_VOCAB) for _ in range(length)])
+        rows.append({"id": str(i), "replies": replies, "samples": samples, "speech": speech, "units": units})
     return rows
 
 
-class Plain(list):
-    """Rows in memory with the two ways of reading that Dialogues wants."""
-    def __getitem__(self, key):
-        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+# ------------------------------------------------------------------------------------- training: the baseline
+
+def pad(rows, value):
+    """Lists or arrays (length, ...) -> (B, longest, ...)."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def padded(items):
-    """The baseline's batch: every sequence as long as the longest."""
-    pad = lambda lists, value: pad_sequence([torch.as_tensor(x) for x in lists], batch_first=True, padding_value=value)
-    turns = [t for item in items for t in item["turns"]]
-    starts = torch.arange(len(items)) * max(len(item["ids"]) for item in items)
-    rows = [torch.tensor(rows) + (torch.tensor(rows) >= 0) * starts[i] for i, item in enumerate(items) for _, rows, _ in item["turns"]]
-    return {"ids": pad([i["ids"] for i in items], 0), "labels": pad([i["labels"][1:] + [IGNORE] for i in items], IGNORE),
-            "real": pad([[1] * len(i["ids"]) for i in items], 0), "frames": torch.tensor([m.shape[1] for i in items for m in i["mels"]]),
-            "mel": pad([m.T for i in items for m in i["mels"]], 0.0).transpose(1, 2), "speech_ids": pad([t[0] for t in turns], 0),
-            "speech_rows": pad(rows, -1), "speech_labels": pad([t[2] for t in turns], IGNORE), "speech_real": pad([[1] * len(t[0]) for t in turns], 0)}
+    """The baseline's batch: every sequence is as long as the longest."""
+    longest = max(len(item["ids"]) for item in items)
+    turns, speech_rows = [], []
+    for i, item in enumerate(items):
+        for turn in item["turns"]:
+            rows = torch.tensor(turn[1])
+            turns.append(turn)
+            speech_rows.append(torch.where(rows >= 0, rows + i * longest, -1))
+    batch = {"ids": pad([item["ids"] for item in items], 0),
+             "labels": pad([item["labels"][1:] + [IGNORE] for item in items], IGNORE),
+             "real": pad([[1] * len(item["ids"]) for item in items], 0),
+             "speech_ids": pad([ids for ids, _, _ in turns], 0), "speech_rows": pad(speech_rows, -1),
+             "speech_labels": pad([labels for _, _, labels in turns], IGNORE),
+             "speech_real": pad([[1] * len(ids) for ids, _, _ in turns], 0)}
+    mels = [mel for item in items for mel in item["mels"]]
+    if mels:
+        batch["frames"] = torch.tensor([mel.shape[1] for mel in mels])
+        batch["mel"] = pad([mel.T for mel in mels], 0.0).transpose(1, 2)      # (clips, n_mels, longest)
+    return batch
+
+
+def padded_speech(omni, mel, frames):
+    """What LLM positions hear: mel (clips, n_mels, T) and the clips' frames -> (sum of positions, H)."""
+    encoder = omni.model.speech_encoder
+    with torch.no_grad():
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
+        x = x + encoder.positional_embedding[:x.shape[1]].to(x.dtype)
+        for block in encoder.blocks:
+            x = block(x)
+        x = encoder.ln_post(x)                            # (clips, T / 2, n_state)
+    positions = x.shape[1] // DOWNSAMPLE
+    x = x[:, :positions * DOWNSAMPLE].flatten(0, 1)
+    x = omni.model.speech_projector(x).view(len(frames), positions, -1)
+    return torch.cat([row[:speech_positions(n)] for row, n in zip(x, frames.tolist())])
 
 
 def padded_loss(omni, batch, stage):
-    """What a trainer does that pads: a rectangle of positions with a mask, and a logit for each of them."""
+    """The loss as a trainer that pads computes it: a rectangle of positions with a mask, a logit for each."""
     generator = omni.speech_generator
     if stage != "stage1_tts":
         with torch.set_grad_enabled(stage == "stage1"):
-            encoder = omni.model.speech_encoder
-            with torch.no_grad():
-                x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(batch["mel"])))).transpose(1, 2)
-                x = x + encoder.positional_embedding[:x.shape[1]].to(x.dtype)
-                for block in encoder.blocks:
-                    x = block(x)
-                x = encoder.ln_post(x)
-            x = omni.model.speech_projector(x[:, :x.shape[1] // 5 * 5].flatten(0, 1)).view(len(x), x.shape[1] // 5, -1)
-            heard = torch.cat([row[:speech_positions(n)] for row, n in zip(x, batch["frames"].tolist())])
+            heard = padded_speech(omni, batch["mel"], batch["frames"])
             speech = batch["ids"] == SPEECH
-            x = omni.model.embed_tokens(batch["ids"].masked_fill(speech, 0)).masked_scatter(speech[..., None], heard.float())
-            states = omni.model(inputs_embeds=x, attention_mask=batch["real"], use_cache=False).last_hidden_state
+            x = omni.model.embed_tokens(batch["ids"].masked_fill(speech, 0))
+            x = x.masked_scatter(speech[..., None], heard.float())
+            states = omni.model(inputs_embeds=x, attention_mask=batch["real"], use_cache=False)
+            states = states.last_hidden_state                                         # (B, longest, H)
     if stage == "stage1":
         logits, labels = omni.lm_head(states).float(), batch["labels"]
     else:
-        x, at = generator.embed(batch["speech_ids"]), batch["speech_rows"] >= 0
+        x = generator.embed(batch["speech_ids"])
         if stage == "stage2":
-            x = x.masked_scatter(at[..., None], generator.fuse(states.flatten(0, 1)[batch["speech_rows"][at]], batch["speech_ids"][at]).float())
-        states = generator.model.model(inputs_embeds=x, attention_mask=batch["speech_real"], use_cache=False).last_hidden_state
-        logits, labels = generator.model.lm_head(states).float(), batch["speech_labels"]
+            at = batch["speech_rows"] >= 0
+            fused = generator.fuse(states.flatten(0, 1)[batch["speech_rows"][at]], batch["speech_ids"][at])
+            x = x.masked_scatter(at[..., None], fused.float())
+        states = generator.model.model(inputs_embeds=x, attention_mask=batch["speech_real"], use_cache=False)
+        logits, labels = generator.model.lm_head(states.last_hidden_state).float(), batch["speech_labels"]
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
+# --------------------------------------------------------------------------------------- training: arithmetic
+
+def matrix_weights(module):
+    """How many weights of a module each position is multiplied with."""
+    return sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and "embed" not in name)
+
+
+def network_flops(network, lengths):
+    """The forward pass of a Qwen2Model without its embedding: 2 for each weight and position, and attention's
+    two products over the half that is seen."""
+    config = network.config
+    attention = 2 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in lengths)
+    return 2 * matrix_weights(network.layers) * sum(lengths) + attention
+
+
 def flops(omni, stage, batch):
-    """Floating-point operations of a step by arithmetic: 2 for each weight and position, as much again for each of the two
-    gradients where there are any, and attention's two products over the half that is seen."""
-    weights = lambda module: sum(p.numel() for n, p in module.named_parameters() if p.ndim > 1 and "embed" not in n)
-    square = lambda network, lengths: 2 * network.config.hidden_size * network.config.num_hidden_layers * sum(n * n for n in lengths)
+    """Floating-point operations of a step on a batch that `collate` made, by arithmetic. Where there are
+    gradients, each of the two costs as much as the forward pass."""
     generator, total = omni.speech_generator, 0
     if stage != "stage1_tts":
         encoder, frames = omni.model.speech_encoder, [(n + 1) // 2 for n in batch["frames"]]
-        total += 2 * weights(encoder) * sum(frames) + 4 * encoder.ln_post.weight.numel() * len(encoder.blocks) * sum(n * n for n in frames)
-        llm = 2 * weights(omni.model.layers) * sum(batch["lengths"]) + square(omni.model, batch["lengths"])
-        llm += 2 * weights(omni.model.speech_projector) * sum(frames) / 5
-        total += llm * (3 if stage == "stage1" else 1)
+        width, layers = encoder.ln_post.weight.numel(), len(encoder.blocks)
+        total += 2 * matrix_weights(encoder) * sum(frames) + 4 * width * layers * sum(n * n for n in frames)
+        llm = network_flops(omni.model, batch["lengths"])
+        llm += 2 * matrix_weights(omni.model.speech_projector) * sum(frames) / DOWNSAMPLE
+        total += 3 * llm if stage == "stage1" else llm
     if stage == "stage1":
         return total + 6 * omni.lm_head.weight.numel() * int((batch["labels"] != IGNORE).sum())
-    fusion = 2 * (weights(generator.input_proj) + weights(generator.gate)) * int((batch["speech_rows"] >= 0).sum()) if stage == "stage2" else 0
-    network = generator.model.model
-    talk = 2 * weights(network.layers) * sum(batch["speech_lengths"]) + square(network, batch["speech_lengths"])
-    return total + 3 * (talk + fusion) + 6 * generator.model.lm_head.weight.numel() * int((batch["speech_labels"] != IGNORE).sum())
-
-
-def train_case(size, stage, how, steps=8, warm=2):
-    """One way of training in a process of its own -> figures. how: "padded", "ours", "ours, compiled" or "ours, recomputed"."""
-    cuda, ours = torch.cuda.is_available(), how != "padded"
-    device = "cuda" if cuda else "cpu"
-    torch.manual_seed(0)
-    omni, *tokenizers = Omni.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
-    if size != "tiny":
-        omni = real_model(size).to_empty(device=device)
-        omni.tie(), omni.speech_generator.model.tie_weights()          # to_empty has parted them
-        for p in (*omni.parameters(), *omni.buffers()):
-            torch.nn.init.normal_(p, std=0.02)
-        for network in (omni.model, omni.speech_generator.model.model):
-            network.rotary_emb = type(network.rotary_emb)(network.config).to(device)
-    omni.to(device).freeze_for(stage)
-    rows = Plain(mixed(32 * (steps + warm)) if size == "tiny" else made_up(16 * (steps + warm)))
-    batch_size = len(rows) // (steps + warm)
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    data = Dialogues(rows, *tokenizers, omni.model.speech_encoder.n_mels, 3, 10, hear=stage != "stage1_tts" or not ours)
-    lengths = list(data.lengths())
-    positions = [llm * (stage != "stage1_tts") + talk * (stage != "stage1") for _, _, llm, talk in lengths]
-    micro = [deal(order[i:i + batch_size], positions, 16384)[0] if ours else [order[j:j + 8] for j in range(i, i + batch_size, 8)]
-             for i in range(0, len(order), batch_size)]
-    if how == "ours, recomputed":
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable")
-        omni.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        omni.speech_generator.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if how == "ours, compiled":
-        for layer in (*omni.model.layers, *omni.speech_generator.model.model.layers):
-            layer.compile(dynamic=True)
-    optimizer = torch.optim.AdamW([p for p in omni.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    loader = iter(torch.utils.data.DataLoader(data, batch_sampler=[m for step in micro for m in step], num_workers=1 + 7 * cuda, prefetch_factor=4,
-                                              multiprocessing_context="fork",
-                                              collate_fn=collate if ours else padded, worker_init_fn=lambda _: torch.set_num_threads(1)))
-    waited, work, computed = 0.0, 0, 0
-    for step, groups in enumerate(micro):
-        if step == warm:
-            start, waited, work, computed = time.perf_counter(), 0.0, 0, 0
-        for _ in groups:
-            clock = time.perf_counter()
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in next(loader).items()}
-            waited += time.perf_counter() - clock
-            with torch.autocast(device, dtype=torch.bfloat16):
-                loss = omni(batch, stage)[0] if ours else padded_loss(omni, batch, stage)
-            loss.backward()
-            work += flops(omni, stage, batch) if ours else 0
-            computed += (stage != "stage1_tts") * batch["ids"].numel() + (stage != "stage1") * batch["speech_ids"].numel()
-        optimizer.step(), optimizer.zero_grad(set_to_none=True)
-    if cuda:
-        torch.cuda.synchronize()
-    seconds, real = time.perf_counter() - start, sum(positions[row] for groups in micro[warm:] for group in groups for row in group)
-    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokens_per_s": real / seconds, "useful_share": real / computed, "peak_GB": memory / 1e9, "flops_per_s": work / seconds,
-            "data_share": waited / seconds}
+    if stage == "stage2":
+        fusion = matrix_weights(generator.input_proj) + matrix_weights(generator.gate)
+        total += 6 * fusion * int((batch["speech_rows"] >= 0).sum())
+    total += 3 * network_flops(generator.model.model, batch["speech_lengths"])
+    return total + 6 * generator.model.lm_head.weight.numel() * int((batch["speech_labels"] != IGNORE).sum())
 
 
 def matmul_flops(device, n):
     """What a plain bf16 matrix product reaches here, floating-point operations per second."""
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     times = []
     for _ in range(10):
         clock = time.perf_counter()
@@ -309,56 +356,236 @@ def matmul_flops(device, n):
     return 2 * n ** 3 / statistics.median(times)
 
 
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_peak():
+    """The most memory that this process has held, in bytes: the GPU's if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# -------------------------------------------------------------------------------------------- training: steps
+
+def build(size, stage):
+    """A model ("tiny", or a released size with random weights), frozen for a stage, and its tokenizers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    if size != "tiny":
+        omni = real_model(size).to_empty(device=device)
+        omni.tie()                                    # to_empty has parted what was one tensor
+        omni.speech_generator.model.tie_weights()
+        for p in (*omni.parameters(), *omni.buffers()):
+            torch.nn.init.normal_(p, std=0.02)
+        for network in (omni.model, omni.speech_generator.model.model):
+            network.rotary_emb = type(network.rotary_emb)(network.config).to(device)
+    omni.to(device).freeze_for(stage)
+    return omni, tokenizers
+
+
+class Training:
+    """A model, an optimizer and so many steps of data: `step()` takes the next one.
+
+    how      "padded", "ours", "ours, compiled" or "ours, recomputed"
+    spent    sums over the steps since `start()`: real positions, computed positions (more if there is
+             padding), flops, and seconds spent waiting for data
+    """
+
+    def __init__(self, size, stage, how, steps):
+        self.stage, self.ours, self.spent = stage, how != "padded", Counter()
+        self.omni, tokenizers = build(size, stage)
+        self.device = self.omni.lm_head.weight.device
+        networks = self.omni.model, self.omni.speech_generator.model.model
+        if how == "ours, recomputed":
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable")
+            for network in networks:
+                network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if how == "ours, compiled":
+            for network in networks:
+                for layer in network.layers:
+                    layer.compile(dynamic=True)
+        trained = [p for p in self.omni.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+        batch_size = 32 if size == "tiny" else 16     # dialogues in a step
+        rows = Plain(mixed(batch_size * steps) if size == "tiny" else made_up(batch_size * steps))
+        n_mels = self.omni.model.speech_encoder.n_mels
+        dialogues = Dialogues(rows, *tokenizers, n_mels, 3, 10, pad_audio=False, hear=stage != "stage1_tts")
+        self.positions = positions_of(list(dialogues.lengths()), stage)
+        order = random.Random(0).sample(range(len(rows)), len(rows))
+        plan = []                                     # for each step its micro-batches, lists of row numbers
+        for i in range(0, len(order), batch_size):
+            chosen = order[i:i + batch_size]
+            if self.ours:
+                plan.append(deal(chosen, self.positions, 16384)[0])
+            else:
+                plan.append([chosen[j:j + 8] for j in range(0, batch_size, 8)])
+        self.plan = iter(plan)
+        self.batches = iter(torch.utils.data.DataLoader(
+            dialogues, batch_sampler=[rows for groups in plan for rows in groups], prefetch_factor=4,
+            num_workers=8 if self.device.type == "cuda" else 1, multiprocessing_context="fork",
+            collate_fn=collate if self.ours else padded, worker_init_fn=lambda _: torch.set_num_threads(1)))
+
+    def start(self):
+        """Take the first steps, which are not like the others, then start counting."""
+        for _ in range(WARM):
+            self.step()
+        synchronize()
+        self.spent.clear()
+
+    def step(self):
+        """One optimizer step."""
+        for rows in next(self.plan):
+            clock = time.perf_counter()
+            batch = next(self.batches)
+            self.spent["waiting"] += time.perf_counter() - clock
+            batch = {key: x.to(self.device) if torch.is_tensor(x) else x for key, x in batch.items()}
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                if self.ours:
+                    loss = self.omni(batch, self.stage)[0]
+                else:
+                    loss = padded_loss(self.omni, batch, self.stage)
+            loss.backward()
+            self.spent["real"] += sum(self.positions[row] for row in rows)
+            if self.ours:
+                self.spent["flops"] += flops(self.omni, self.stage, batch)
+            if self.stage != "stage1_tts":
+                self.spent["computed"] += batch["ids"].numel()
+            if self.stage != "stage1":
+                self.spent["computed"] += batch["speech_ids"].numel()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def alone(function, *arguments):
-    """In a process of its own, whose peak of memory is then the function's."""
+    """Call a function in a process of its own, whose peak of memory is then the function's."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def train(cfg):
-    """Tokens a second against a trainer that pads, step for step on the same rows and with the same optimizer."""
-    cuda = torch.cuda.is_available()
-    if not cuda and not os.path.isdir("corpus/tiny"):
-        fail("--what train mixes the embedded corpus, which is not there; run `python data.py` first")
-    result = {"matmul_flops_per_s": alone(matmul_flops, "cuda" if cuda else "cpu", 8192 if cuda else 2048)}
-    print(f"train: a plain bf16 matrix product makes {result['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s")
-    print(f"{'':32}{'tokens/s':>10}{'useful':>9}{'peak GB':>9}{'MFU':>8}{'data':>7}{'gain':>7}")
-    for size in cfg.sizes or (("0.5B", "3B") if cuda else ("tiny",)):
-        for stage in STAGES if size != "3B" else ("stage1",):
-            for how in ("padded", "ours", "ours, compiled", "ours, recomputed") if stage == "stage1" else ("padded", "ours"):
-                try:
-                    r = alone(train_case, size, stage, how)
-                except RuntimeError as e:                      # the padded one may not fit at all
-                    print(f"{f'{size} {stage}, {how}':32}{str(e).splitlines()[0][:80]}")
-                    continue
-                result[f"{size} {stage}, {how}"] = r
-                r["mfu"] = r.pop("flops_per_s") / result["matmul_flops_per_s"] if how != "padded" else None
-                r["gain"] = r["tokens_per_s"] / result.get(f"{size} {stage}, padded", r)["tokens_per_s"]
-                print(f"{f'{size} {stage}, {how}':32}{r['tokens_per_s']:10,.0f}{100 * r['useful_share']:8.1f}%{r['peak_GB']:9.2f}"
-                      + (f"{100 * r['mfu']:7.1f}%" if r["mfu"] else f"{'':8}") + f"{100 * r['data_share']:6.0f}%{r['gain']:7.2f}")
+def train_case(size, stage, how, steps=8):
+    """One way of training -> its figures."""
+    training = Training(size, stage, how, WARM + steps)
+    training.start()
+    start = time.perf_counter()
+    for _ in range(steps):
+        training.step()
+    synchronize()
+    seconds, spent = time.perf_counter() - start, training.spent
+    result = {"tokens_per_s": spent["real"] / seconds, "peak_GB": memory_peak() / 1e9,
+              "data_share": spent["waiting"] / seconds}
+    if training.ours:
+        result["flops_per_s"] = spent["flops"] / seconds
+    else:
+        result["real_share"] = spent["real"] / spent["computed"]
     return result
 
 
+def check_corpus(sizes):
+    if "tiny" in sizes and not os.path.isdir("corpus/tiny"):
+        fail("size tiny trains on the embedded corpus, which is not there; run `python data.py` first")
+
+
+def bench_train(cfg):
+    """Tokens a second against a trainer that pads, on the same rows and with the same optimizer."""
+    sizes, cuda = sizes_here(cfg), torch.cuda.is_available()
+    check_corpus(sizes)
+    peak = alone(matmul_flops, "cuda" if cuda else "cpu", 8192 if cuda else 2048)
+    result = {"matmul_flops_per_s": peak}
+    print(f"train: a plain bf16 matrix product makes {peak / 1e12:.2f} TFLOP/s; real: positions that are not "
+          "padding")
+    print(f"{'':32}{'tokens/s':>10}{'real':>8}{'peak GB':>9}{'MFU':>8}{'data':>7}{'gain':>7}")
+    for size in sizes:
+        for stage in STAGES if size != "3B" else ("stage1",):
+            baseline = None
+            for how in ("padded", "ours", "ours, compiled", "ours, recomputed"):
+                if stage != "stage1" and how not in ("padded", "ours"):
+                    continue
+                name = f"{size} {stage}, {how}"
+                try:
+                    figures = alone(train_case, size, stage, how)
+                except RuntimeError as e:             # the padded one may not fit at all
+                    print(f"{name:32}{str(e).splitlines()[0][:80]}")
+                    continue
+                result[name] = figures
+                real = mfu = gain = ""
+                if how == "padded":
+                    baseline = figures["tokens_per_s"]
+                    real = f"{100 * figures['real_share']:.1f}%"
+                else:
+                    figures["mfu"] = figures.pop("flops_per_s") / peak
+                    mfu = f"{100 * figures['mfu']:.1f}%"
+                if baseline:
+                    figures["gain"] = figures["tokens_per_s"] / baseline
+                    gain = f"{figures['gain']:.2f}"
+                print(f"{name:32}{figures['tokens_per_s']:10,.0f}{real:>8}{figures['peak_GB']:9.2f}"
+                      f"{mfu:>8}{100 * figures['data_share']:6.0f}%{gain:>7}")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
 def loss_case(pieces, targets=2048, width=896, vocabulary=151936):
-    """Peak memory of the loss, forward and backward, over the 0.5B's vocabulary, in bytes above what its inputs take."""
+    """The loss over the 0.5B's vocabulary, forward and backward -> (bytes at the peak above what its inputs
+    take, seconds)."""
     torch.manual_seed(0)
-    head, hidden = Head(width, vocabulary, bias=False), torch.randn(targets, width, requires_grad=True)
-    head.weight.grad, device = torch.zeros_like(head.weight), "cuda" if torch.cuda.is_available() else "cpu"
-    head, hidden = head.to(device), hidden.detach().to(device).requires_grad_()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    head = Head(width, vocabulary, bias=False).to(device)
+    head.weight.grad = torch.zeros_like(head.weight)
+    hidden = torch.randn(targets, width, device=device, requires_grad=True)
     labels = torch.randint(vocabulary, (targets,), device=device)
-    peak = lambda: torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    before, clock = peak(), time.perf_counter()
-    (head(hidden, labels)[0] if pieces else F.cross_entropy(head(hidden).float(), labels, reduction="sum")).backward()
-    return peak() - before, time.perf_counter() - clock
+    before, clock = memory_peak(), time.perf_counter()
+    if pieces:
+        loss = head(hidden, labels)[0]
+    else:
+        loss = F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    loss.backward()
+    synchronize()
+    return memory_peak() - before, time.perf_counter() - clock
 
 
-def loss(cfg):
+def bench_loss(cfg):
     """The 152k-word logits, whole and in pieces."""
-    (whole, t0), (pieces, t1) = alone(loss_case, False), alone(loss_case, True)
-    print(f"loss: 2,048 targets of 151,936 words: whole {whole / 1e9:.2f} GB, {t0:.1f} s; in pieces {pieces / 1e9:.2f} GB, {t1:.1f} s")
-    return {"whole_GB": whole / 1e9, "pieces_GB": pieces / 1e9, "whole_s": t0, "pieces_s": t1}
+    whole, whole_s = alone(loss_case, False)
+    pieces, pieces_s = alone(loss_case, True)
+    print(f"loss: 2,048 targets of 151,936 words: whole {whole / 1e9:.2f} GB, {whole_s:.1f} s; in pieces "
+          f"{pieces / 1e9:.2f} GB, {pieces_s:.1f} s")
+    return {"whole_GB": whole / 1e9, "pieces_GB": pieces / 1e9, "whole_s": whole_s, "pieces_s": pieces_s}
+
+
+# ---------------------------------------------------------------------------------------------------- profile
+
+def bench_profile(cfg):
+    """A trace of a few steps of our training, and a table of the most expensive operations."""
+    size = sizes_here(cfg)[0]
+    check_corpus([size])
+    training = Training(size, cfg.stage, "ours", WARM + cfg.steps)
+    training.start()
+    start = time.perf_counter()
+    with torch.profiler.profile() as profiler:
+        for _ in range(cfg.steps):
+            training.step()
+        synchronize()
+    seconds = (time.perf_counter() - start) / cfg.steps
+    os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
+    profiler.export_chrome_trace(cfg.out + ".tmp")
+    os.replace(cfg.out + ".tmp", cfg.out)
+    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+    print(f"profile: {size} {cfg.stage}, {cfg.steps} steps of {seconds:.2f} s; see {cfg.out}")
+    return {"size": size, "stage": cfg.stage, "s_per_step": seconds, "trace": cfg.out}
+
+
+def main():
+    cfg = configure(BenchConfig)
+    functions = bench_sizes, bench_stream, bench_data, bench_train, bench_loss, bench_profile
+    benches = dict(zip(BENCHES, functions))
+    print(json.dumps({what: benches[what](cfg) for what in cfg.what}))
 
 
 if __name__ == "__main__":
-    cfg = configure(BenchConfig)
-    print(json.dumps({what: {"sizes": sizes, "stream": stream, "data": data, "train": train, "loss": loss}[what](cfg) for what in cfg.what}))
+    main()

@@ -1,18 +1,24 @@
 """
-How good is a checkpoint? Spoken questions that were never asked, in voices that were never heard.
+How good is a checkpoint? It answers held-out questions in unseen voices, and we judge the replies.
 
-Why: a loss says little about a conversation. As in the paper (section 4.2) there are two accuracies, of the text and
-of the speech, where an answer counts if it occurs in the reply, and a word error rate between the two.
-    exact        the reply's text is right to the letter
-    S2T, S2S     the answer occurs in the text; in what a recogniser hears in the spoken reply
-    typed        exact, when the text model that training started from reads the same questions
-    WER          what the recogniser hears, against the reply's own text; beside it the same for the original
-                 synthesiser's speech of the same texts, since the recogniser errs too. The excess is ours.
-The recogniser is independent of all that was trained here: pocketsphinx with its own acoustic model, told only which
-words there are, once with a bigram model of the corpus's replies and once with all words equally likely.
+Why: a loss says little about a conversation. As in the paper (section 4.2) we measure the accuracy of the
+text, the accuracy of the speech, and the word error rate between the two.
+    exact        the text of the reply is exactly right
+    S2T, S2S     the answer occurs in the text; in what a recognizer hears in the spoken reply
+    exact_typed  exact, for the text model that training started from, which reads the questions instead
+    WER          what the recognizer hears against the text of the reply. The recognizer makes errors too,
+                 so the original synthesizer's speech of the same texts is judged as well. The difference,
+                 or excess, is ours.
+The recognizer is independent of everything that was trained here: pocketsphinx with its own acoustic model.
+It is told only which words exist, once with a bigram model of the corpus's replies and once with all words
+equally likely (the word loop).
 
-How: python eval.py --ckpt out/tiny_stage2        prints the table, writes eval.json, and the first dialogues as sound
-files with gallery.md, which says what was asked, answered and heard
+The embedded world's corpus is compared with tiny/qwen2 and espeak-ng. For any other corpus, name the text
+model with --llm; the figures of the original synthesizer are left out.
+
+How: python eval.py --ckpt out/tiny_stage2
+This prints a table and writes eval.json, the first dialogues as sound files, and gallery.md, which lists
+what was asked, answered and heard.
 """
 import functools
 import json
@@ -25,115 +31,42 @@ from collections import Counter
 from dataclasses import dataclass
 
 import accelerate
+import jiwer
 import librosa
 import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+from whisper.normalizers import EnglishTextNormalizer
 
-from configure import configure, fail
+from data import clips
+from omni import checkpoint
+from omni.audio import SAMPLE_RATE, log_mel
+from omni.codec import load_codec
+from omni.configure import configure, fail
+from omni.corpus import load_corpus
+from omni.espeak import speak
+from omni.files import read_json, replace_file
+from sample import SampleConfig, answer
 
+JUDGES = {"bigram": True, "word_loop": False}         # language models of the recognizer: bigrams or not
+normalize = EnglishTextNormalizer()                   # "It's twelve." -> "it is 12"
 
-# ------------------------------------------------------------------------------------------------------- words
-
-def words(text):
-    """A text as lower-case words without punctuation."""
-    return re.sub(r"[^a-z' ]", " ", text.lower()).split()
-
-
-def word_errors(reference, hypothesis):
-    """Levenshtein distance between two lists of words: substitutions, insertions and deletions."""
-    row = list(range(len(hypothesis) + 1))
-    for i, r in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, h in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (r != h))
-    return row[-1]
-
-
-def word_error_rate(references, hypotheses):
-    """Word errors per reference word, over pairs of texts."""
-    pairs = [(words(r), words(h)) for r, h in zip(references, hypotheses, strict=True)]
-    return sum(word_errors(r, h) for r, h in pairs) / max(1, sum(len(r) for r, _ in pairs))
-
-
-def occurs(answer, text):
-    """Do the words of the answer occur in the text, in a row?"""
-    return f" {' '.join(words(answer))} " in f" {' '.join(words(text))} "
-
-
-# -------------------------------------------------------------------------------------------------- recogniser
-
-def language_model(texts, bigram, discount=0.5):
-    """ARPA text of a bigram model with absolute discounting, or of the uniform distribution over the words."""
-    sentences = [["<s>", *words(t), "</s>"] for t in texts]
-    one, two = Counter(w for s in sentences for w in s), Counter(p for s in sentences for p in zip(s, s[1:]))
-    total, after, kinds = sum(one.values()), Counter(), Counter()
-    for (w, _), n in two.items():
-        after[w] += n
-        kinds[w] += 1
-    p = {w: one[w] / total if bigram else 1 / len(one) for w in one}
-    known = Counter()                                 # probability of the words seen after w, which backing off must not share
-    for w, v in two:
-        known[w] += p[v]
-    lines = ["\\data\\", f"ngram 1={len(one)}", *([f"ngram 2={len(two)}"] if bigram else []), "", "\\1-grams:"]
-    for w in sorted(one):
-        back = f" {math.log10(discount * kinds[w] / after[w] / max(1e-6, 1 - known[w])):.4f}" if bigram and after[w] else ""
-        lines.append(f"{-99 if w == '<s>' else math.log10(p[w]):.4f} {w}{back}")
-    if bigram:
-        lines += ["", "\\2-grams:", *(f"{math.log10((n - discount) / after[w]):.4f} {w} {v}" for (w, v), n in sorted(two.items()))]
-    return "\n".join([*lines, "", "\\end\\", ""])
-
-
-@functools.cache
-def recogniser(arpa):
-    from pocketsphinx import Decoder, get_model_path
-    with tempfile.NamedTemporaryFile("w", suffix=".arpa") as file:
-        file.write(arpa)
-        file.flush()
-        return Decoder(hmm=get_model_path("en-us/en-us"), dict=get_model_path("en-us/cmudict-en-us.dict"), lm=file.name,
-                       cmn="batch", loglevel="FATAL")         # each clip is normalised by itself, in whatever order they come
-
-
-def hear(job):
-    """(wav (samples,) at 16 kHz, ARPA language model) -> the text that pocketsphinx hears. The clip is put into a quiet
-    room, noise at -60 dB: the digital silence of a synthesiser doubles its errors."""
-    wav, arpa = job
-    decoder, room = recogniser(arpa), np.random.default_rng(0).normal(0, 1e-3, len(wav) + 6400)
-    room[3200:-3200] += wav
-    pcm = (np.clip(room, -1, 1) * 32767).astype(np.int16)
-    decoder.start_utt()
-    decoder.process_raw(pcm.tobytes(), full_utt=True)
-    decoder.end_utt()
-    return decoder.hyp().hypstr if decoder.hyp() else ""
-
-
-def hear_all(pool, wavs, arpa):
-    """Many clips, on all cores."""
-    return list(tqdm(pool.imap(hear, [(w, arpa) for w in wavs], chunksize=8), total=len(wavs), desc="recognising", leave=False))
-
-
-def speak_all(pool, texts):
-    from tiny import world
-    return pool.starmap(world.speak, [(t, world.ASSISTANT) for t in texts], chunksize=32)
-
-
-# ------------------------------------------------------------------------------------------------------- table
 
 @dataclass(frozen=True)
 class EvalConfig:
     ckpt: str = "out/tiny_stage2"      # a run's folder or a checkpoint
-    corpus: str = "corpus/tiny"        # its test split is asked
-    split: str = "test"                # or validation, while something is still being tuned
-    dialogues: int = 200               # how many
+    corpus: str = "corpus/tiny"        # where the questions come from
+    split: str = "test"                # which split; take validation while you tune
+    dialogues: int = 200               # how many dialogues of it
     codec: str = "tiny/codec.pt"       # units -> waveform: a file, or CosyVoice 2's folder
     voice: str | None = None           # CosyVoice 2: whose voice, see sample.py
-    llm: str = "tiny/qwen2"            # the text model that training started from
+    llm: str | None = None             # the text model that training started from; none: see above
     out: str = "out/tiny_eval"         # folder for eval.json, the gallery and the picture
-    runs: tuple[str, ...] = ()         # the runs of the three stages: draw their losses and a reply into demo.png
-    keep: int = 6                      # how many dialogues are kept in the gallery
-    text: bool = False                 # text alone: exact and S2T, for a checkpoint of stage 1
+    runs: tuple[str, ...] = ()         # runs of the stages: draw their losses and a reply into demo.png
+    keep: int = 6                      # how many dialogues go into the gallery
+    text: bool = False                 # judge only the text, for a checkpoint of stage 1
     max_units: int = 1024              # longest speech, in units of 40 ms
     temperature: float = 0.3           # of the units
     top_p: float = 1.0                 # of the units
@@ -143,160 +76,410 @@ class EvalConfig:
     def __post_init__(self):
         if self.dialogues < 1:
             raise ValueError("dialogues must be at least 1")
+        if self.keep < 0:
+            raise ValueError("keep must be 0 or more")
 
 
-def picture(path, runs, turn, question, reply, rate):
-    """One PNG: the losses of the runs, and the log-mels of a question and of its reply with the texts under them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from model import newest_checkpoint
-    fig = plt.figure(figsize=(12, 7))
-    grid = fig.add_gridspec(2, 1)
-    upper, lower = grid[0].subgridspec(1, len(runs)), grid[1].subgridspec(1, 2)
-    for i, run in enumerate(runs):
-        with open(os.path.join(newest_checkpoint(run), "meta.json")) as f:
-            log = json.load(f)["log"]
-        ax = fig.add_subplot(upper[i])
-        for key, style in (("loss", "-"), ("val_loss", "o-")):
-            ax.plot([x["step"] for x in log if key in x], [x[key] for x in log if key in x], style, label=key, markersize=3)
-        ax.set(title=os.path.basename(run), xlabel="step", ylabel="nats per target", yscale="log")
-        ax.legend()
-    for i, (wav, sr, title, text) in enumerate(((question, 16000, "question", turn["question"]), (reply, rate, "reply", turn["text"]))):
-        ax = fig.add_subplot(lower[i])
-        mel = librosa.feature.melspectrogram(y=np.asarray(wav, np.float32), sr=sr, hop_length=sr // 100, n_mels=80, fmax=8000)
-        ax.imshow(librosa.power_to_db(mel, ref=np.max, top_db=70), origin="lower", aspect="auto", extent=(0, len(wav) / sr, 0, 80))
-        ax.set(title=title, xlabel=f"seconds\n{text}", ylabel="mel bin")
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
+# ------------------------------------------------------------------------------------------------------ words
+
+def word_error_rate(references, hypotheses):
+    """Word errors (substitutions, insertions, deletions) per reference word, over pairs of texts.
+
+    Both sides pass Whisper's English normalizer, so punctuation, contractions and spelling do not count. It
+    writes numbers as digits, and a row of them as one word: "ten, nine, eight" becomes "1098".
+    """
+    return jiwer.wer([normalize(text) for text in references], [normalize(text) for text in hypotheses])
+
+
+def words(text):
+    """A text as lower-case words without punctuation, as pocketsphinx's dictionary spells them."""
+    return re.sub(r"[^a-z' ]", " ", text.lower()).split()
+
+
+def occurs(answer, text):
+    """Do the words of the answer occur in the text, in a row?
+
+    Whisper's normalizer would find "twelve" in "one, two", and would not find "nine" in "ten, nine, eight".
+    """
+    answer, text = words(answer), words(text)
+    return bool(answer) and f" {' '.join(answer)} " in f" {' '.join(text)} "
+
+
+# ------------------------------------------------------------------------------------------------- recognizer
+
+def language_model(texts, bigram, discount=0.5):
+    """The words of some texts as a language model for pocketsphinx, in ARPA format.
+
+    bigram   True: bigrams with absolute discounting; False: all words equally likely
+    """
+    sentences = [["<s>", *words(text), "</s>"] for text in texts]
+    count = Counter(word for sentence in sentences for word in sentence)
+    pairs = Counter(pair for sentence in sentences for pair in zip(sentence, sentence[1:]))
+    total = sum(count.values())
+    p = {word: n / total if bigram else 1 / len(count) for word, n in count.items()}
+    followed = Counter()                              # how often each word has a successor,
+    kinds = Counter()                                 # how many different ones,
+    known = Counter()                                 # and the mass of those: backing off gets the rest
+    for (first, second), n in pairs.items():
+        followed[first] += n
+        kinds[first] += 1
+        known[first] += p[second]
+
+    counts, unigrams, bigrams = [f"ngram 1={len(count)}"], [], []
+    for word in sorted(count):
+        log_p = -99 if word == "<s>" else math.log10(p[word])
+        line = f"{log_p:.4f} {word}"
+        if bigram and followed[word]:
+            freed = discount * kinds[word] / followed[word]
+            line += f" {math.log10(freed / max(1e-6, 1 - known[word])):.4f}"
+        unigrams.append(line)
+    if bigram:
+        counts.append(f"ngram 2={len(pairs)}")
+        bigrams += ["", "\\2-grams:"]
+        for (first, second), n in sorted(pairs.items()):
+            bigrams.append(f"{math.log10((n - discount) / followed[first]):.4f} {first} {second}")
+    return "\n".join(["\\data\\", *counts, "", "\\1-grams:", *unigrams, *bigrams, "", "\\end\\", ""])
+
+
+@functools.cache
+def recognizer(arpa):
+    """A pocketsphinx decoder. It normalizes each clip by itself, so their order does not matter."""
+    from pocketsphinx import Decoder, get_model_path
+    with tempfile.NamedTemporaryFile("w", suffix=".arpa") as file:
+        file.write(arpa)
+        file.flush()
+        return Decoder(hmm=get_model_path("en-us/en-us"), dict=get_model_path("en-us/cmudict-en-us.dict"),
+                       lm=file.name, cmn="batch", loglevel="FATAL")
+
+
+def transcribe(job):
+    """(wav (samples,) at 16 kHz, ARPA language model) -> the text that pocketsphinx hears.
+
+    The clip gets noise at -60 dB, a quiet room: the digital silence of a synthesizer doubles the errors.
+    """
+    wav, arpa = job
+    decoder = recognizer(arpa)
+    room = np.random.default_rng(0).normal(0, 1e-3, len(wav) + 6400)       # 0.2 s before and after the clip
+    room[3200:-3200] += wav
+    pcm = (np.clip(room, -1, 1) * 32767).astype(np.int16)
+    decoder.start_utt()
+    decoder.process_raw(pcm.tobytes(), full_utt=True)
+    decoder.end_utt()
+    heard = decoder.hyp()
+    return heard.hypstr if heard else ""
+
+
+def transcribe_all(pool, wavs, arpa):
+    """Clips (samples,) at 16 kHz -> the texts that pocketsphinx hears, on all processes of the pool."""
+    texts = pool.imap(transcribe, [(wav, arpa) for wav in wavs], chunksize=8)
+    return list(tqdm(texts, total=len(wavs), desc="transcribing", leave=False))
+
+
+def synthesize(text, voice):
+    """espeak-ng's speech of a text, (samples,) at 16 kHz; no samples if the text holds nothing to say."""
+    if not any(character.isalnum() for character in text):
+        return np.zeros(0, np.float32)
+    return speak(text, voice)
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+def answer_all(omni, tokenizer, codec, rows, sampling):
+    """Hold each dialogue with the model: it hears the user's turns and remembers its own replies.
+
+    rows     dialogues of a corpus;  codec: None for text only;  sampling: a SampleConfig
+    Returns  a dict for each turn, whose "wav" (samples,) has the codec's rate; and the values of the fusion
+             gate, 0 to 1: how much of each row comes from the LLM. Without speech there are none.
+    """
+    turns, gates = [], [torch.zeros(0)]
+
+    def keep_gate(module, inputs, gate):
+        gates.append(gate.float().flatten().cpu())
+    hook = omni.speech_generator.gate.register_forward_hook(keep_gate)
+    for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
+        n_mels = omni.model.speech_encoder.n_mels
+        mels = [log_mel(clip, n_mels, omni.pad_audio) for clip in clips(row)]
+        replies = []
+        for t in range(len(mels)):
+            text, wav, notes, times = answer(omni, tokenizer, codec, mels[:t + 1], replies, sampling)
+            replies.append(text)
+            first_text, first_audio, seconds = times
+            turns.append({"id": row["id"], "dialogue": d, "turn": t, "topic": row["topics"][t],
+                          "question": row["users"][t], "reference": row["replies"][t],
+                          "answer": row["answers"][t], "text": text, "notes": notes, "wav": wav,
+                          "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
+    hook.remove()
+    return turns, torch.cat(gates)
 
 
 @torch.inference_mode()
-def typed(model, tokenizer, rows):
-    """For each turn of the rows: is the answer of the text model right to the letter, the user's words typed?"""
-    end, right = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
+def exact_typed(model, tokenizer, rows):
+    """For each turn of some dialogues: does a text model that reads the question reply exactly right?"""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    right = []
     for row in tqdm(rows, desc="typing", unit="dialogue", leave=False):
         messages = []
-        for user, reply in zip(row["users"], row["replies"]):
+        for user, reference in zip(row["users"], row["replies"]):
             messages.append({"role": "user", "content": user})
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
-            out = model.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=end, pad_token_id=end)[0, ids.shape[1]:]
-            messages.append({"role": "assistant", "content": tokenizer.decode(out, skip_special_tokens=True)})
-            right.append(messages[-1]["content"] == reply)
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            output = model.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=end,
+                                    pad_token_id=end)
+            reply = tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": reply})
+            right.append(reply == reference)
     return right
 
 
-def gallery(folder, turns):
-    """folder/gallery.md: a table of the turns that were kept, right or wrong."""
+def transcribe_turns(turns, rate, replies, voice):
+    """Note in the turns what each judge hears: "heard_bigram" and "heard_word_loop", and with a voice the
+    same of the original synthesizer, "heard_bigram_original" and "heard_word_loop_original".
+
+    rate     Hz, of the turns' sound
+    replies  the replies of the training split: the language models hold their words
+    voice    espeak-ng's voice of the original speech; None if there is no original
+    """
+    spoken = []
+    for turn in turns:
+        wav = turn["wav"]
+        if len(wav):
+            wav = librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE)
+        spoken.append(wav)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        sources = {"": spoken}
+        if voice:
+            jobs = [(turn["text"], voice) for turn in turns]
+            sources["_original"] = pool.starmap(synthesize, jobs, chunksize=32)
+        for judge, bigram in JUDGES.items():
+            arpa = language_model(replies, bigram)
+            for suffix, wavs in sources.items():
+                for turn, heard in zip(turns, transcribe_all(pool, wavs, arpa)):
+                    turn[f"heard_{judge}{suffix}"] = heard
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+def percent(hits):
+    """How many percent of a list of booleans are true; 0 if it is empty."""
+    return 100 * sum(hits) / max(1, len(hits))
+
+
+def is_exact(turn):
+    return turn["text"] == turn["reference"]
+
+
+def judge_text(turns, typed):
+    """Figures of the texts, in percent of the turns. typed: what `exact_typed` returns, or None."""
+    result = {"turns": len(turns), "exact": percent([is_exact(turn) for turn in turns])}
+    if typed is not None:
+        result["exact_typed"] = percent(typed)
+    answered = [turn for turn in turns if turn["answer"]]           # other corpora than tiny have none
+    if answered:
+        result["s2t"] = percent([occurs(turn["answer"], turn["text"]) for turn in answered])
+    recalling = [turn for turn in turns if turn["topic"] == "recalling"]
+    if recalling:
+        result["exact_needing_history"] = percent([is_exact(turn) for turn in recalling])
+    return result
+
+
+def wer(turns, key):
+    """Word error rate in percent of what was heard, turn[key], against the texts."""
+    return 100 * word_error_rate([turn["text"] for turn in turns], [turn[key] for turn in turns])
+
+
+def judge_speech(turns, replies):
+    """Figures of the speech after `transcribe_turns`, in percent. replies: those of the training split."""
+    known = set(replies)
+    new = [turn for turn in turns if turn["text"] not in known]
+    answered = [turn for turn in turns if turn["answer"]]
+    result = {"new_replies": len(new)}
+    for judge in JUDGES:
+        ours, original = f"heard_{judge}", f"heard_{judge}_original"
+        compared = original in turns[0]
+        result[f"wer_{judge}"] = wer(turns, ours)
+        if compared:
+            result[f"wer_{judge}_original"] = wer(turns, original)
+            result[f"wer_{judge}_excess"] = result[f"wer_{judge}"] - result[f"wer_{judge}_original"]
+        if answered:
+            result[f"s2s_{judge}"] = percent([occurs(turn["answer"], turn[ours]) for turn in answered])
+        if answered and compared:
+            hits = [occurs(turn["answer"], turn[original]) for turn in answered]
+            result[f"s2s_{judge}_original"] = percent(hits)
+        if new and compared:
+            result[f"wer_{judge}_excess_new_replies"] = wer(new, ours) - wer(new, original)
+    return result
+
+
+def judge_speed(turns, rate):
+    """Real-time factor, median delay of the first audio in ms, and how many replies were cut. rate: Hz."""
+    result = {}
+    delays = [turn["first_audio"] for turn in turns if turn["first_audio"]]
+    if delays:                                        # an early checkpoint may be silent throughout
+        seconds = sum(len(turn["wav"]) for turn in turns) / rate
+        result["rtf"] = sum(turn["seconds"] for turn in turns) / seconds
+        result["first_audio_ms"] = 1000 * float(np.median(delays))
+    result["cut"] = sum(bool(turn["notes"]) for turn in turns)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------- output
+
+def report(turns, result, split):
+    """Print the share of exact replies by topic, then all figures."""
+    print(f"\n{'topic':14}{'turns':>7}{'exact %':>9}")
+    for topic, n in Counter(turn["topic"] for turn in turns).most_common():
+        share = percent([is_exact(turn) for turn in turns if turn["topic"] == topic])
+        print(f"{topic:14}{n:7}{share:9.1f}")
+    print(f"\n{'figure on ' + split:40}{'value':>9}")
+    for key, value in result.items():
+        if isinstance(value, int):
+            print(f"{key:40}{value:9}")
+        elif abs(value) < 1:
+            print(f"{key:40}{value:9.3f}")
+        else:
+            print(f"{key:40}{value:9.1f}")
+
+
+def write_sound(path, wav, rate):
+    """An Opus file, whole or not at all."""
+    soundfile.write(path + ".tmp", np.clip(wav, -1, 1), rate, format="OGG", subtype="OPUS")
+    os.replace(path + ".tmp", path)
+
+
+def write_sounds(folder, rows, turns, rate):
+    """Write the questions and replies of some turns as sound files and note their names in the turns, as
+    "question_file" and "reply_file". A silent reply has no file."""
+    for turn in turns:
+        name = f"{folder}/{turn['dialogue']}-{turn['turn'] + 1}"
+        question = clips(rows[turn["dialogue"]])[turn["turn"]]
+        turn["question_file"] = f"{name}-question.ogg"
+        write_sound(turn["question_file"], question.numpy(), SAMPLE_RATE)
+        if len(turn["wav"]):
+            turn["reply_file"] = f"{name}-reply.ogg"
+            write_sound(turn["reply_file"], turn["wav"], rate)
+
+
+def write_gallery(path, turns):
+    """Turns with sound files as a table in Markdown, right or wrong."""
     lines = ["| | asked | answered | heard by pocketsphinx | |", "|---|---|---|---|---|"]
-    for t in turns:
-        mark = "right" if t["text"] == t["reference"] else f"wrong: {t['reference']}"
-        link = lambda key: f"[▶]({os.path.basename(t[key])})"
-        lines.append(f"| {t['dialogue']}.{t['turn'] + 1} | {link('question_file')} {t['question']} | "
-                     f"{link('reply_file')} {t['text']} | {t['heard_bigram']} | {mark} |")
-    with open(f"{folder}/gallery.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
+    for turn in turns:
+        question = f"[▶]({os.path.basename(turn['question_file'])})"
+        reply = "(silent)"
+        if "reply_file" in turn:
+            reply = f"[▶]({os.path.basename(turn['reply_file'])})"
+        mark = "right" if is_exact(turn) else f"wrong: {turn['reference']}"
+        lines.append(f"| {turn['dialogue']}.{turn['turn'] + 1} | {question} {turn['question']} | "
+                     f"{reply} {turn['text']} | {turn['heard_bigram']} | {mark} |")
+    replace_file(path, "\n".join(lines) + "\n")
+
+
+def write_picture(path, runs, turn):
+    """One PNG: the losses of the runs and, unless the turn is None, the log-mels of its question and its
+    reply with the texts below them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(12, 7 if turn else 3.5))
+    grid = figure.add_gridspec(2 if turn else 1, 1)
+    upper = grid[0].subgridspec(1, len(runs))
+    for i, run in enumerate(runs):
+        log = read_json(checkpoint.newest_checkpoint(run), "meta.json")["log"]
+        axes = figure.add_subplot(upper[i])
+        for key, style in (("loss", "-"), ("val_loss", "o-")):
+            steps = [line["step"] for line in log if key in line]
+            axes.plot(steps, [line[key] for line in log if key in line], style, label=key, markersize=3)
+        axes.set(title=os.path.basename(run), xlabel="step", ylabel="nats per target", yscale="log")
+        axes.legend()
+    if turn:
+        lower = grid[1].subgridspec(1, 2)
+        for i, (side, text) in enumerate((("question", turn["question"]), ("reply", turn["text"]))):
+            wav, rate = soundfile.read(turn[f"{side}_file"], dtype="float32")
+            mel = librosa.feature.melspectrogram(y=wav, sr=rate, hop_length=rate // 100, n_mels=80,
+                                                 fmax=8000)
+            mel = librosa.power_to_db(mel, ref=np.max, top_db=70)
+            axes = figure.add_subplot(lower[i])
+            axes.imshow(mel, origin="lower", aspect="auto", extent=(0, len(wav) / rate, 0, 80))
+            axes.set(title=side, xlabel=f"seconds\n{text}", ylabel="mel bin")
+    figure.tight_layout()
+    figure.savefig(path + ".tmp", dpi=100, format="png")
+    plt.close(figure)
+    os.replace(path + ".tmp", path)
+
+
+def write(cfg, rows, turns, result, rate):
+    """Write eval.json; with a codec's rate (Hz) the gallery, with cfg.runs the picture."""
+    kept = [turn for turn in turns if turn["dialogue"] < cfg.keep]
+    if rate:
+        write_sounds(cfg.out, rows, kept, rate)
+        write_gallery(f"{cfg.out}/gallery.md", kept)
+    replies = [{key: value for key, value in turn.items() if key != "wav"} for turn in turns]
+    figures = {"ckpt": cfg.ckpt, **result, "replies": replies}
+    replace_file(f"{cfg.out}/eval.json", json.dumps(figures, indent=1))
+    spoken = [turn for turn in kept if "reply_file" in turn]
+    if cfg.runs:
+        shown = max(spoken, key=is_exact, default=None)             # the first right one, or the first
+        write_picture(f"{cfg.out}/demo.png", cfg.runs, shown)
+        content = "and a question with its reply" if shown else "only: the gallery has no spoken reply"
+        print(f"{cfg.out}/demo.png shows the losses of {', '.join(cfg.runs)} {content}")
+    for turn in spoken:
+        print(f"{turn['reply_file']}\n    asked {turn['question']!r}, said {turn['text']!r}, "
+              f"heard {turn['heard_bigram']!r}")
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def find_originals(cfg):
+    """What the checkpoint is compared with: (the text model that training started from, espeak-ng's voice in
+    the replies that it learned from). An unknown one is None, and what is left out is printed."""
+    llm, voice = cfg.llm, None
+    made = read_json(cfg.corpus, "meta.json")
+    if made.get("source") == "tiny":
+        llm = llm or "tiny/qwen2"
+        if made["tts"] is None:
+            voice = made["assistant"]
+    if llm is None:
+        print(f"exact_typed is left out: {cfg.corpus} is not the embedded corpus; name the text model that "
+              "training started from with --llm")
+    if voice is None and not cfg.text:
+        print(f"the original synthesizer's WER and S2S are left out: the replies of {cfg.corpus} are not "
+              "espeak-ng's in the embedded world")
+    return llm and checkpoint.local_or_hub(llm), voice
 
 
 def main():
     cfg = configure(EvalConfig)
-    from codec import load_codec
-    from data import clips, load_corpus
-    from model import Omni, log_mel, newest_checkpoint
-    from sample import SampleConfig, answer
     torch.manual_seed(cfg.seed)
     device = accelerate.PartialState().device
-    rows = load_corpus(cfg.corpus, cfg.split)
-    rows = rows.select(range(min(cfg.dialogues, len(rows))))
     for run in cfg.runs:
-        if not newest_checkpoint(run):
+        if not checkpoint.newest_checkpoint(run):
             fail(f"--runs: there is no checkpoint in {run}")
-    try:                                              # whatever is missing is said now, not after the answers
-        how = SampleConfig(max_units=cfg.max_units, temperature=cfg.temperature, top_p=cfg.top_p, repeats=cfg.repeats)
+    try:                                              # report what is missing before the long part
+        rows = load_corpus(cfg.corpus, cfg.split)
+        rows = rows.select(range(min(cfg.dialogues, len(rows))))
+        llm, voice = find_originals(cfg)
+        sampling = SampleConfig(max_units=cfg.max_units, temperature=cfg.temperature, top_p=cfg.top_p,
+                                repeats=cfg.repeats)
         codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
-        text_model = Qwen2ForCausalLM.from_pretrained(cfg.llm, dtype=torch.float32), Qwen2Tokenizer.from_pretrained(cfg.llm)
-        omni, tokenizer, _ = Omni.from_pretrained(cfg.ckpt)
+        if llm:
+            text_model = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32)
+            text_tokenizer = Qwen2Tokenizer.from_pretrained(llm)
+        omni, tokenizer, _ = checkpoint.load(cfg.ckpt)
         os.makedirs(cfg.out, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     omni.eval().to(device)
-    gate = []                                         # how much of each row comes from the LLM's state, 0 to 1
-    omni.speech_generator.gate.register_forward_hook(lambda module, inputs, g: gate.append(g))
-    turns = []
-    for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
-        questions = clips(row)
-        mels = [log_mel(c, omni.model.speech_encoder.n_mels) for c in questions]
-        said = []                                     # the conversation goes on from what the model said itself
-        for t in range(len(mels)):
-            text, wav, notes, (first_text, first_audio, seconds) = answer(omni, tokenizer, codec, mels[:t + 1], said, how)
-            said.append(text)
-            turns.append({"id": row["id"], "dialogue": d, "turn": t, "topic": row["topics"][t], "question": row["users"][t],
-                          "reference": row["replies"][t], "answer": row["answers"][t], "text": text, "notes": notes,
-                          "wav": wav, "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
-            if d < cfg.keep:
-                turns[-1]["question_file"], turns[-1]["reply_file"] = (f"{cfg.out}/{d}-{t + 1}-{n}.ogg" for n in ("question", "reply"))
-                soundfile.write(turns[-1]["question_file"], questions[t].numpy(), 16000, subtype="OPUS")
-                if codec:
-                    soundfile.write(turns[-1]["reply_file"], np.clip(wav, -1, 1), codec.sample_rate, subtype="OPUS")
-    share = lambda hits: 100 * sum(hits) / max(1, len(hits))
-    result = {"dialogues": len(rows), "turns": len(turns),
-              "exact": share([t["text"] == t["reference"] for t in turns]),
-              "exact_typed": share(typed(*text_model, rows))}
-    answers = any(t["answer"] for t in turns)         # the embedded world's corpus alone has them
-    if answers:
-        result |= {"s2t": share([occurs(t["answer"], t["text"]) for t in turns]),
-                   "exact_needing_history": share([t["text"] == t["reference"] for t in turns if t["topic"] == "recalling"])}
-    print(f"\n{'topic':14}{'turns':>7}{'exact %':>9}")
-    for topic, n in Counter(t["topic"] for t in turns).most_common():
-        print(f"{topic:14}{n:7}{share([t['text'] == t['reference'] for t in turns if t['topic'] == topic]):9.1f}")
+
+    turns, gate = answer_all(omni, tokenizer, codec, rows, sampling)
+    typed = exact_typed(text_model, text_tokenizer, rows) if llm else None
+    result = {"dialogues": len(rows)} | judge_text(turns, typed)
     if codec:
-        texts = [t["text"] for t in turns]
-        spoken = [librosa.resample(t["wav"], orig_sr=codec.sample_rate, target_sr=16000) for t in turns]
-        replies = [r for row in load_corpus(cfg.corpus, "train")["replies"] for r in row]
-        known = set(replies)
-        result["new_replies"] = sum(t not in known for t in texts)      # said in no dialogue of training
-        arpas = {"bigram": language_model(replies, True), "word_loop": language_model(replies, False)}
-        with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-            original = speak_all(pool, [t if t.strip() else "no" for t in texts])
-            judged = {name: (hear_all(pool, spoken, arpa), hear_all(pool, original, arpa)) for name, arpa in arpas.items()}
-        for name, (heard, heard_original) in judged.items():
-            result[f"wer_{name}"] = 100 * word_error_rate(texts, heard)
-            result[f"wer_{name}_original"] = 100 * word_error_rate(texts, heard_original)
-            result[f"wer_{name}_excess"] = result[f"wer_{name}"] - result[f"wer_{name}_original"]
-            if answers:
-                result[f"s2s_{name}"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard)])
-                result[f"s2s_{name}_original"] = share([occurs(t["answer"], h) for t, h in zip(turns, heard_original)])
-            fresh = [(t, o, h) for t, o, h in zip(texts, heard_original, heard) if t not in known]
-            if fresh:
-                said, o, h = zip(*fresh)
-                result[f"wer_{name}_excess_new_replies"] = 100 * (word_error_rate(said, h) - word_error_rate(said, o))
-            for t, h in zip(turns, heard):
-                t[f"heard_{name}"] = h
-        sounding = [t["first_audio"] for t in turns if t["first_audio"]]
-        if sounding:                                  # an early checkpoint may be silent throughout
-            result["rtf"] = sum(t["seconds"] for t in turns) / (sum(map(len, spoken)) / 16000)
-            result["first_audio_ms"] = 1000 * float(np.median(sounding))
-        if gate:
-            g = torch.stack(gate).float()
-            result |= {"gate_mean": float(g.mean()), "gate_spread": float(g.std())}
-        result["cut"] = sum(bool(t["notes"]) for t in turns)
-    print(f"\n{'figure on ' + cfg.split:40}{'value':>9}")
-    for key, value in result.items():
-        print(f"{key:40}{value:9.{3 if value < 1 else 1}f}" if isinstance(value, float) else f"{key:40}{value:9}")
-    with open(f"{cfg.out}/eval.json.tmp", "w") as f:
-        json.dump({"ckpt": cfg.ckpt, **result, "replies": [{k: v for k, v in t.items() if k != "wav"} for t in turns]}, f, indent=1)
-    os.replace(f"{cfg.out}/eval.json.tmp", f"{cfg.out}/eval.json")
-    if cfg.runs and codec:
-        spoken_turns = [t for t in turns if "reply_file" in t and len(t["wav"])]
-        shown = max(spoken_turns, key=lambda t: t["text"] == t["reference"])      # the first right one, or the first
-        picture(f"{cfg.out}/demo.png", cfg.runs, shown, soundfile.read(shown["question_file"])[0], shown["wav"], codec.sample_rate)
-        print(f"{cfg.out}/demo.png: the losses of {', '.join(cfg.runs)}, and a question with its reply")
-    if codec:
-        kept = [t for t in turns if "reply_file" in t]
-        gallery(cfg.out, kept)
-        for t in kept:
-            print(f"{t['reply_file']}\n    asked {t['question']!r}, said {t['text']!r}, heard {t['heard_bigram']!r}")
+        replies = [reply for row in load_corpus(cfg.corpus, "train")["replies"] for reply in row]
+        transcribe_turns(turns, codec.sample_rate, replies, voice)
+        result |= judge_speech(turns, replies) | judge_speed(turns, codec.sample_rate)
+        if len(gate):
+            result |= {"gate_mean": float(gate.mean()), "gate_spread": float(gate.std())}
+    report(turns, result, cfg.split)
+    write(cfg, rows, turns, result, codec.sample_rate if codec else None)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """
-The released corpus of LLaMA-Omni 2, 200K dialogues of 1 to 5 turns (ICTNLP/InstructS2S-200K, CC BY-NC 4.0).
+The released corpus of LLaMA-Omni 2: 200K dialogues of 1 to 5 turns (ICTNLP/InstructS2S-200K, CC BY-NC 4.0).
 
 Download into downloads/ from huggingface.co/datasets/ICTNLP/InstructS2S-200K:
     instruct_en_200k_data_cosy2.json     0.5 to 1 GB, texts and units
-    en_part_00 ... en_part_32            345 GB, the speech: cat en_part_* | tar xz. Only stages 1 and 2 need it
+    en_part_00 ... en_part_32            345 GB, the speech: cat en_part_* | tar xz. Only for stages 1 and 2
 
-    python data.py config/data_instructs2s.py                                    texts and units: stage 1 TTS trains on these
-    python data.py config/data_instructs2s.py --audio_root downloads --out_dir corpus/instructs2s_heard     with speech
+    python data.py config/data_instructs2s.py                         texts and units, enough for stage 1 TTS
+    python data.py config/data_instructs2s.py --audio_root downloads --out_dir corpus/instructs2s_heard
+                                                                      with speech
 
-audio_root is the folder that the JSON's paths start from. The recordings stay where they are, the corpus refers to them.
-Cost: we did not have these files; sizes and form are those that loaders by others show. Made-up dialogues of this form took
-0.08 s of one core (AMD EPYC, Zen 5) for each 1,000, and 0.6 GB of memory, whatever their number. With audio every question is
-decoded once, to find the unreadable ones: 2 s for each 1,000 (7.5 s a clip, one file again and again), to which the time to read
-the files comes, not measured. The corpus takes 2.6 MB for each 1,000.
+audio_root is the folder that the JSON's paths start from. The recordings stay where they are; the corpus
+refers to them. Cost: COST
 
-The JSON is one array of such objects; `unit` may also be a text, "1270 43 6560". Other keys, and units of the user, are not read:
+The JSON is an array of objects like this one; `unit` may also be a text, "1270 43 6560". Other keys, and
+units of the user, are not read:
     {"id": "instruct_en_0", "conversation": [
         {"from": "human", "text": "What is rain?", "speech": "wav/instruct_en_0-1-user.wav"},
         {"from": "gpt", "text": "Water that falls from clouds.", "unit": [1270, 43, 6560]}]}

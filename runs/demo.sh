@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From a blank machine to a chatbot that talks back: `bash runs/demo.sh`. It starts from the backbones in tiny/, as the
-# real sizes start from downloads; `bash runs/demo.sh --from-scratch` grows them here too, which takes some 40 minutes more.
+# From a blank machine to a chatbot that talks back: `bash runs/demo.sh`. It starts from the backbones in
+# tiny/, as the real sizes start from downloads. `bash runs/demo.sh --from-scratch` trains those backbones
+# here as well, which takes some 40 minutes more.
 #
-# It needs Linux, Python 3.11, two CPU cores, 8 GB of memory and 8 GB of disk; no GPU, no root and no model hub. Each
-# step says why it is there and how long it took. A step that is done is not done again, so a run that was stopped
-# continues where it was: run the same command again.
+# It needs Linux, Python 3.11, two CPU cores, 8 GB of memory and 8 GB of disk; no GPU, no root, no model hub.
+# Each step says why it is there and how long it took. Interrupted? Run the same command again: finished steps
+# are skipped.
 set -euo pipefail
 started=$SECONDS
 machine="$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
@@ -18,30 +19,35 @@ step() {                               # step "name" "why" command...
     printf '=== %s: %d s on %s\n' "$name" $((SECONDS - start)) "$machine"
 }
 setup() { source runs/setup.sh; }
-train() { accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py "$1"; }
+train() {
+    accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        train.py "$1"
+}
 
 cd "$(dirname "$0")/.."
 step "environment" "A virtual environment with the packages of requirements.txt." setup
-if [ "${1:-}" = --from-scratch ]; then # once: called again, it goes on with what it has grown. `git checkout tiny` brings the shipped ones back
+if [ "${1:-}" = --from-scratch ]; then
+    # The shipped backbones are deleted once; a second call resumes. `git checkout tiny` restores them.
     [ -e tiny/grown ] || rm -rf tiny/whisper.pt tiny/codec.pt tiny/qwen2 tiny/backbones.log
     touch tiny/grown
-    step "backbones" "A language model, a speech codec and a recogniser to start from. At real size these are downloads." \
+    step "backbones" "A language model, a codec and a recognizer to start from; at real size, downloads." \
         python tiny/backbones.py
 fi
-step "corpus" "Dialogues, their speech in many voices, and the replies' speech as units: what the three stages learn from." \
+step "corpus" "What the stages learn from: dialogues spoken in many voices, and replies as units." \
     python data.py
-step "stage 1: speech -> text" "The LLM learns to answer what the frozen Whisper hears, through a small adapter." \
+step "stage 1: speech -> text" "The LLM learns to answer what the frozen Whisper hears." \
     train config/tiny_stage1.py
-step "stage 1 TTS: text -> speech" "The speech LM learns to write speech units from text alone." \
+step "stage 1 TTS: text -> speech" "The speech LM learns to write speech units from text only." \
     train config/tiny_stage1_tts.py
-step "stage 2: speech -> speech" "The speech LM learns to speak while the LLM thinks: its states are mixed in through a gate." \
+step "stage 2: speech -> speech" "The speech LM learns to speak from the LLM's hidden states too." \
     train config/tiny_stage2.py
-step "evaluation" "Held-out questions in held-out voices, judged by an independent recogniser." \
+step "evaluation" "Held-out questions in held-out voices, judged by an independent recognizer." \
     python eval.py --ckpt out/tiny_stage2 --runs out/tiny_stage1,out/tiny_stage1_tts,out/tiny_stage2
 step "a conversation" "One held-out dialogue, streaming, as you would use it." \
     python sample.py --ckpt out/tiny_stage2 --index 5 --out out/reply.wav
 
 printf '\n%s\n' "Time on $machine"
-printf '  %s\n' "${times[@]}" "$(printf '%-34s %5d s' "together" $((SECONDS - started)))"
-printf '\n%s\n' "The figures: out/tiny_eval/eval.json    the picture: out/tiny_eval/demo.png    what was said and heard: out/tiny_eval/gallery.md" \
-    "Ask your own question:  source .venv/bin/activate && python sample.py --wav question.wav"
+printf '  %s\n' "${times[@]}" "$(printf '%-34s %5d s' "total" $((SECONDS - started)))"
+printf '\n%s\n' \
+    "Figures: out/tiny_eval/eval.json   picture: out/tiny_eval/demo.png   replies: out/tiny_eval/gallery.md" \
+    "Another question: source .venv/bin/activate && python sample.py --ckpt out/tiny_stage2 --index 7"

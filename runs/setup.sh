@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a virtual environment in .venv with requirements.txt. It needs Python 3.11, pip and
-# 4 GB of disk; no root. A second call finds everything in place.
+# Sourced by the other scripts: makes a virtual environment in .venv with requirements.txt. It needs Python
+# 3.11, pip and 4 GB of disk, but no root. If everything is in place, it only activates it.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! cmp -s requirements.txt .venv/requirements.txt; then
     "${PYTHON:-python3}" -m venv .venv
@@ -8,4 +8,5 @@ if ! cmp -s requirements.txt .venv/requirements.txt; then
 fi
 source .venv/bin/activate
 export TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
-export OMP_WAIT_POLICY=passive         # threads that wait sleep: costs nothing alone, and steps are five times quicker beside other jobs
+# Waiting threads sleep instead of spinning: no cost on a free machine, steps five times faster on a busy one.
+export OMP_WAIT_POLICY=passive

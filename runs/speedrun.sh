@@ -2,20 +2,24 @@
 # LLaMA-Omni 2 at 0.5B on a rented machine with N GPUs: downloads -> corpus -> three stages -> spoken replies.
 #
 #     bash runs/speedrun.sh                    all of it
-#     LIMIT=2000 bash runs/speedrun.sh         a rehearsal on 2,000 dialogues, after the same downloads, in its own folders
+#     LIMIT=2000 bash runs/speedrun.sh         a rehearsal on 2,000 dialogues: same downloads, other folders
 #
-# Expect, by arithmetic and NOT measured (200K dialogues of 2.1 turns, 7.5 s a question, 19 s a reply, clips at their own length):
-#     stage 1       2.0 TFLOP a dialogue (encoder 1.0, LLM 1.0)       x 200K x 3 epochs   1.2e18 FLOP    13 GB + activations
-#     stage 1 TTS   3.3 TFLOP (1,090 positions of a 0.5B)             x 200K x 5 epochs   3.3e18          13 GB
-#     stage 2       4.6 TFLOP (encoder, LLM forward, speech LM)       x 200K x 1 epoch    0.9e18          13 GB
-# Together 5.4e18 FLOP: 5 hours of one H100 that reaches 300 TFLOP/s (30 % of its peak), so 40 minutes on eight, some 13 dollars
-# at 2.50 an hour and GPU. The 345 GB of recordings take longer: an hour at 100 MB/s, and as long again to unpack, which is 40
-# dollars of eight idle GPUs: let a machine without them download onto a disk that you can move. Keep 800 GB of it.
-# Memory: 16 bytes for a trained parameter and 4 for a frozen one (python bench.py --what sizes); activations come on top.
-# If the GPUs wait for data (nvidia-smi shows them idle), raise --workers: each clip is decoded on the CPU in every epoch.
+# Expect, by arithmetic and NOT measured (200K dialogues of 2.1 turns, 7.5 s a question, 19 s a reply, clips
+# at their own length):
+#     stage 1       2.0 TFLOP a dialogue (encoder 1.0, LLM 1.0)    x 200K x 3 epochs   1.2e18 FLOP
+#     stage 1 TTS   3.3 TFLOP (1,090 positions of a 0.5B)          x 200K x 5 epochs   3.3e18
+#     stage 2       4.6 TFLOP (encoder, LLM forward, speech LM)    x 200K x 1 epoch    0.9e18
+# Together 5.4e18 FLOP: 5 hours on one H100 that reaches 300 TFLOP/s (30 % of its peak), so 40 minutes on
+# eight, about 13 dollars at 2.50 per GPU hour. Each stage needs 13 GB plus activations: 16 bytes per trained
+# parameter, 4 per frozen one (python bench.py --what sizes).
+# The 345 GB of recordings take longer: an hour at
+# 100 MB/s, and another to unpack. Eight idle GPUs would cost 40 dollars meanwhile, so download on a machine
+# without GPUs, onto a disk that you can move. Keep 800 GB of disk free.
+# If the GPUs wait for data (nvidia-smi
+# shows them idle), raise --workers: the CPU decodes every clip in each epoch.
 #
-# Licences: Qwen2.5-0.5B Apache-2.0, Whisper MIT, CosyVoice 2 Apache-2.0; the corpus, and so what you train on it, CC BY-NC 4.0:
-# not for commercial use.
+# Licenses: Qwen2.5-0.5B Apache-2.0, Whisper MIT, CosyVoice 2 Apache-2.0. The corpus is CC BY-NC 4.0, so
+# neither it nor what you train on it is for commercial use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -24,25 +28,23 @@ LIMIT=${LIMIT:-0} CORPUS=corpus/instructs2s OUT=out
 [ "$LIMIT" = 0 ] || CORPUS=corpus/rehearsal-$LIMIT OUT=out/rehearsal-$LIMIT
 launch() { accelerate launch --num_processes "$GPUS" --mixed_precision no --dynamo_backend no "$@"; }
 
-# 1. Downloads: decoder, the authors' voice, corpus. Whisper by one process, because its downloader locks nothing; Qwen2.5 comes
-# by itself when training starts.
+# 1. Downloads: decoder, the authors' voice, corpus. Training downloads Whisper and Qwen2.5 when it starts.
 hf download ICTNLP/cosy2_decoder --local-dir downloads/cosy2_decoder
 [ -e downloads/prompt_en.wav ] || curl -fL -o downloads/prompt_en.wav \
     https://github.com/ictnlp/LLaMA-Omni2/raw/HEAD/llama_omni2/inference/prompt_en.wav
-python -c "import whisper; whisper.load_model('large-v3', device='cpu')"
 hf download ICTNLP/InstructS2S-200K --repo-type dataset --local-dir downloads
 [ -e downloads/unpacked ] || { cat downloads/en_part_* | tar xz -C downloads && touch downloads/unpacked; }
 
-# 2. The corpus, with the speech. (Stage 1 TTS would need the JSON alone.)
+# 2. The corpus, with the speech. (Stage 1 TTS would need only the JSON.)
 python data.py config/data_instructs2s.py --audio_root downloads --limit "$LIMIT" --out_dir "$CORPUS"
 
-# 3. Three stages. A stage that was stopped goes on where it was; one that is complete says so.
+# 3. Three stages. An interrupted stage resumes; a finished one says so.
 launch train.py config/stage1.py --corpus "$CORPUS" --out_dir "$OUT/stage1"
 launch train.py config/stage1_tts.py --corpus "$CORPUS" --init_from "$OUT/stage1" --out_dir "$OUT/stage1_tts"
 launch train.py config/stage2.py --corpus "$CORPUS" --init_from "$OUT/stage1_tts" --out_dir "$OUT/stage2"
 
 # 4. Spoken replies to held-out questions.
 for i in 0 1 2; do
-    python sample.py --ckpt "$OUT/stage2" --corpus "$CORPUS" --codec downloads/cosy2_decoder --voice downloads/prompt_en.wav \
-        --index $i --out "$OUT/reply$i.wav"
+    python sample.py --ckpt "$OUT/stage2" --corpus "$CORPUS" --codec downloads/cosy2_decoder \
+        --voice downloads/prompt_en.wav --index $i --out "$OUT/reply$i.wav"
 done

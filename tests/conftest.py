@@ -1,20 +1,21 @@
-"""What several tests share: a tiny checkpoint with random weights, one made-up dialogue after another, and a micro corpus for
-the tests that run the real commands."""
+"""What several tests share: a tiny checkpoint with random weights, made-up dialogues, and a micro corpus for the tests
+that run the real commands."""
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
-# Threads that wait for each other sleep instead of spinning: on two cores, beside other jobs, tests take a fifth of the time.
+# Threads that wait sleep instead of spinning: on two cores, beside other jobs, tests take a fifth of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch is imported; commands inherit it
 
 import numpy as np
 import pytest
 import torch
 
-from data import Dialogues, wav_bytes
-from model import Omni
+from data import Dialogues
+from omni import checkpoint
+from omni.audio import wav_bytes
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "llama_omni2"
@@ -22,7 +23,7 @@ CHECKPOINT = ROOT / "tests" / "data" / "llama_omni2"
 
 def load(folder=CHECKPOINT / "checkpoint"):
     """A fresh (omni, tokenizer, tts_tokenizer)."""
-    return Omni.from_pretrained(str(folder), str(CHECKPOINT / "whisper-tiny-random.pt"))
+    return checkpoint.load(str(folder), str(CHECKPOINT / "whisper-tiny-random.pt"))
 
 
 def dialogue(seconds, replies, units, seed=0):
@@ -72,6 +73,6 @@ def world(tmp_path_factory):
 
 def train_arguments(at, stage, out_dir, **more):
     """What follows `train.py` on the command line, in a micro world; more: {"--key": value}."""
-    options = {"--corpus": at / "corpus", "--out_dir": at / out_dir, "--llm": at / "tiny/qwen2", "--speech_lm": at / "tiny/qwen2",
-               "--whisper": at / "tiny/whisper.pt", "--batch_size": 8} | more
+    options = {"--corpus": at / "corpus", "--out_dir": at / out_dir, "--llm": at / "tiny/qwen2",
+               "--speech_lm": at / "tiny/qwen2", "--whisper": at / "tiny/whisper.pt", "--batch_size": 8} | more
     return [f"config/tiny_{stage}.py", *(str(x) for pair in options.items() for x in pair)]

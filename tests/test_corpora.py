@@ -1,10 +1,11 @@
-"""Real corpora through the real command line, on samples made up here: what is read, what is left out and why, and that
-neither a kill nor the number of processes changes what comes out."""
+"""Corpora through the real command line, on samples made up here: what is read, what is left out and why, and
+that neither a kill nor the number of processes changes the result."""
 import csv
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import load
+from conftest import CHECKPOINT, load
+from transformers import AutoTokenizer
 
-import data
-from codec import NanoCodec
-from data import SPLITS, DataConfig, Dialogues, LeftOut, clips, collate, json_array, load_corpus, parse, records, to_units
-from tiny.world import ASSISTANT
+from data import DataConfig, Dialogues, clips, collate
+from omni.configure import configure
+from omni.corpus import SPLITS, LeftOut, build, json_array, load_corpus, parse, records, to_units
+from omni.espeak import ASSISTANT
+from tiny.codec import NanoCodec
 
 ROOT = Path(__file__).parent.parent
 TTS = """
@@ -41,7 +44,8 @@ if "nothing" not in text:
 
 
 def command(source, out_dir, *more):
-    words = (sys.executable, "data.py", f"config/data_{source}.py", "--out_dir", out_dir, "--processes", 1, *more)
+    config = f"config/data_{source}.py"
+    words = (sys.executable, "data.py", config, "--out_dir", out_dir, "--processes", 1, *more)
     return [str(word) for word in words]
 
 
@@ -52,12 +56,16 @@ def run(*words, code=0, **env):
     return done.stdout + done.stderr
 
 
-def refusal(monkeypatch, capsys, words):
-    """The last line of a run that is refused with exit code 2, here without the seconds that a new process takes."""
-    monkeypatch.setattr(sys, "argv", words[1:])
+def build_here(monkeypatch, words):
+    """What `command` does, without the seconds that a new process takes to start."""
     monkeypatch.chdir(ROOT)
+    build(configure(DataConfig, words[2:]))
+
+
+def refusal(monkeypatch, capsys, words):
+    """The last line that a build prints when it is refused with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        data.main()
+        build_here(monkeypatch, words)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -66,21 +74,32 @@ def rows_of(folder):
     return {split: list(load_corpus(str(folder), split)) for split in SPLITS}
 
 
+def entries(folder):
+    """What left_out.jsonl lists."""
+    return [json.loads(line) for line in (Path(folder) / "left_out.jsonl").read_text().splitlines()]
+
+
 def left_out(folder):
     """{id: reason} of the rows that a corpus lacks."""
-    return {x["id"]: x["reason"] for x in map(json.loads, (Path(folder) / "left_out.jsonl").read_text().splitlines())}
+    return {entry["id"]: entry["reason"] for entry in entries(folder)}
 
 
 def contents(folder):
-    """The bytes of all that a corpus consists of."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    """The bytes of all files of a corpus."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def finished_shards(folder):
+    return [path for path in (Path(folder) / "shards").glob("*") if path.suffix != ".tmp"]
 
 
 def trainable(folder, stage):
-    """A few dialogues of each split, laid out and made a batch, go through the model: the sum of the loss is a number."""
+    """A few dialogues of each split, laid out and made a batch, give a loss that is a number."""
     omni, *tokenizers = load()
+    hear = stage != "stage1_tts"
     for split in SPLITS:
-        rows = Dialogues(load_corpus(str(folder), split), *tokenizers, 128, omni.R, omni.W, hear=stage != "stage1_tts")
+        rows = Dialogues(load_corpus(str(folder), split), *tokenizers, 128, omni.R, omni.W, hear=hear)
         with torch.no_grad():
             loss, n, _ = omni(collate([rows[i] for i in range(min(4, len(rows)))]), stage)
         assert loss.isfinite() and n > 0
@@ -97,8 +116,11 @@ def talk(name, turns=1, **change):
     rng, conversation = random.Random(name), []
     for t in range(1, turns + 1):
         units = [rng.randrange(6561) for _ in range(rng.randrange(20, 60))]
-        conversation += [turn("human", f"Question {t} of {name}?", speech=f"wav/{name}-{t}-user.wav", unit=[1, 2]),
-                         turn("gpt", f"Answer {t}.", speech="no need", unit=units if rng.random() < 0.5 else str(units))]
+        if rng.random() < 0.5:
+            units = str(units)
+        path = f"wav/{name}-{t}-user.wav"
+        conversation.append(turn("human", f"Question {t} of {name}?", speech=path, unit=[1, 2]))
+        conversation.append(turn("gpt", f"Answer {t}.", speech="no need", unit=units))
     conversation[-1] |= change
     return {"id": name, "conversation": conversation}
 
@@ -110,35 +132,43 @@ def spoilt(name, turns=1, **change):
     return row
 
 
-BAD = {  # reason -> the dialogues that are left out for it; the JSON alone suffices to see it
-    "turns that do not alternate": [{"id": "one-role", "conversation": [turn("human", "?"), turn("human", "!")]},
-                                    {"id": "no-reply", "conversation": talk("x", 2)["conversation"][:3]},
-                                    {"id": "reply-first", "conversation": talk("x")["conversation"][::-1]},
-                                    {"id": "no-turns", "conversation": []}],
-    "a record without a conversation": [{"id": "no-conversation", "turns": []}, {"id": "text", "conversation": "Hello."}],
+BAD = {  # reason -> the dialogues that are left out for it; the JSON is enough to see it
+    "turns that do not alternate": [
+        {"id": "one-role", "conversation": [turn("human", "?"), turn("human", "!")]},
+        {"id": "no-reply", "conversation": talk("x", 2)["conversation"][:3]},
+        {"id": "reply-first", "conversation": talk("x")["conversation"][::-1]},
+        {"id": "no-turns", "conversation": []}],
+    "a record without a conversation": [
+        {"id": "no-conversation", "turns": []}, {"id": "text", "conversation": "Hello."}],
     "an empty text": [talk("blank", text=" "), talk("null", text=None), spoilt("unasked", text="")],
-    "a text with a special token": [talk("end", text="Yes.<|im_end|>"), spoilt("speech", text="Say <speech>.")],
-    "a text that is not Unicode": [talk("surrogate", text="\ud800")],
+    "a text with a special token": [
+        talk("end", text="Yes.<|im_end|>"), spoilt("speech", text="Say <speech>.")],
+    "a text that is not Unicode": [
+        talk("surrogate", text="Half: \ud83d."), talk("other-half", text="\udc00")],
     "units outside 0 .. 6560": [talk("6561", unit=[5, 6561]), talk("minus", unit="5, -1")],
-    "no units, or no whole numbers": [talk("unit-less", unit=[]), talk("unit-null", unit=None), talk("unit-float", unit=[5.5]),
-                                      talk("unit-words", unit="five six")],
+    "no units, or not whole numbers": [
+        talk("unit-less", unit=[]), talk("unit-null", unit=None), talk("unit-float", unit=[5.5]),
+        talk("unit-words", unit="five six")],
 }
-BAD_AUDIO = {  # those that only --audio_root can show
-    "unreadable audio": [spoilt("missing", speech="wav/none.wav"), spoilt("not-audio", speech="wav/text.wav"),
-                         spoilt("cut", 2, speech="wav/cut.flac")],
-    "a path that leaves audio_root": [spoilt("up", speech="wav/../../outside.wav"), spoilt("absolute", speech="/etc/passwd"),
-                                      spoilt("link", speech="wav/link.wav")],
+BAD_AUDIO = {  # what only shows with --audio_root
+    "unreadable audio": [
+        spoilt("missing", speech="wav/none.wav"), spoilt("not-audio", speech="wav/text.wav"),
+        spoilt("cut", 2, speech="wav/cut.flac")],
+    "a path that leaves audio_root": [
+        spoilt("up", speech="wav/../../outside.wav"), spoilt("absolute", speech="/etc/passwd"),
+        spoilt("link", speech="wav/link.wav")],
     "a turn without a recording": [spoilt("pathless", speech=None)],
 }
-NAMES = [(f"en_{i}", 1 + i % 3) for i in range(60)]
+NAMES = [(f"en_{i}", 1 + i % 3) for i in range(60)]     # of the good dialogues, with their number of turns
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """The released form with 60 good dialogues and many bad ones, its audio, and the corpus of the JSON alone."""
+    """The released form with 60 good dialogues and many bad ones, its audio, a corpus without audio."""
     at = tmp_path_factory.mktemp("released")
     rows = [talk(*name) for name in NAMES]
-    for i, row in enumerate(row for kind in (BAD, BAD_AUDIO) for rows_ in kind.values() for row in rows_):
+    bad = [row for kind in (BAD, BAD_AUDIO) for dialogues in kind.values() for row in dialogues]
+    for i, row in enumerate(bad):
         rows.insert(3 * i, row)
     (at / "data.json").write_text(json.dumps(rows, indent=4))
     wav = np.sin(np.arange(8000) / 10) / 2
@@ -156,20 +186,21 @@ def released(tmp_path_factory):
 
 
 def in_shards(at, out_dir, *more):
-    return command("instructs2s", at / out_dir, "--path", at / "data.json", "--shard", 7, "--held_out", 0.2, *more)
+    options = ("--path", at / "data.json", "--shard", 7, "--held_out", 0.2)
+    return command("instructs2s", at / out_dir, *options, *more)
 
 
 def test_the_json_alone_trains_stage1_tts(released):
-    """No audio is needed for text -> units: texts and units arrive as they were, be the units lists or texts; whoever wants
-    to hear the rows is told what to do, in one line."""
+    """Text -> units needs no audio: texts and units arrive unchanged, be the units lists or texts. Training
+    on sound is refused with one line."""
     rows = rows_of(released / "alone")
     found = {row["id"]: row for split in SPLITS for row in rows[split]}
-    good = [talk(*name) for name in NAMES] + [row for rows_ in BAD_AUDIO.values() for row in rows_]
+    good = [talk(*name) for name in NAMES] + [row for dialogues in BAD_AUDIO.values() for row in dialogues]
     assert found.keys() == {row["id"] for row in good} and all(len(rows[split]) > 3 for split in SPLITS)
     for row in good:
-        replies = row["conversation"][1::2]
-        assert found[row["id"]]["replies"] == [t["text"] for t in replies] and found[row["id"]]["speech"] == []
-        assert found[row["id"]]["units"] == [json.loads(str(t["unit"])) for t in replies]
+        ours, replies = found[row["id"]], row["conversation"][1::2]
+        assert ours["replies"] == [t["text"] for t in replies] and ours["speech"] == []
+        assert ours["units"] == [json.loads(str(t["unit"])) for t in replies]
     trainable(released / "alone", "stage1_tts")
     omni, *tokenizers = load()
     with pytest.raises(SystemExit) as refusal:
@@ -178,19 +209,20 @@ def test_the_json_alone_trains_stage1_tts(released):
 
 
 def test_what_is_left_out_is_listed(released):
-    """A bad row costs itself alone: each is listed under its reason, and the reasons are counted where the user looks."""
+    """A bad row costs only itself: each is listed with its reason, and the report counts the reasons."""
     assert left_out(released / "alone") == {row["id"]: reason for reason, rows in BAD.items() for row in rows}
     printed = (released / "alone.out").read_text()
-    assert "left out: 18" in printed and "4  turns that do not alternate, such as one-role: " in printed
+    assert "left out: 19" in printed and "4  turns that do not alternate, such as one-role: " in printed
 
 
 def test_recordings_are_referred_to(released):
-    """With --audio_root rows refer to the files (345 GB are not copied) and train; what cannot be heard is left out."""
+    """With --audio_root rows refer to the files (345 GB are not copied); unreadable ones are left out."""
     run(*in_shards(released, "heard", "--audio_root", released / "audio"))
-    reasons = {row["id"]: reason for kind in (BAD, BAD_AUDIO) for reason, rows in kind.items() for row in rows}
+    reasons = {row["id"]: reason for reason, rows in (BAD | BAD_AUDIO).items() for row in rows}
     assert left_out(released / "heard") == reasons
     rows = rows_of(released / "heard")
-    assert sum(map(len, rows.values())) == len(NAMES) and all(len(clips(row)[0]) == 8000 for row in rows["train"])
+    assert sum(map(len, rows.values())) == len(NAMES)
+    assert all(len(clips(row)[0]) == 8000 for row in rows["train"])
     assert sum(p.stat().st_size for p in (released / "heard").rglob("*.arrow")) < 200_000
     trainable(released / "heard", "stage1")
     for split in SPLITS:                               # a dialogue's split depends on its id alone
@@ -199,45 +231,149 @@ def test_recordings_are_referred_to(released):
 
 
 def test_ranks_make_the_same_corpus(released):
-    """Two ranks, as accelerate or torchrun start them on one machine or two, share the shards; the last one joins them."""
+    """Two ranks, as accelerate or torchrun start them on one machine or two, share the shards; the last one
+    completes the corpus."""
     ranks = [subprocess.Popen(in_shards(released, "ranks"), cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
-    printed = [p.communicate(timeout=300)[0] for p in ranks]
-    shards = [{line.split()[1] for line in text.splitlines() if line.startswith("shard ") and ":" in line} for text in printed]
-    assert [p.returncode for p in ranks] == [0, 0] and shards[0] and shards[1] and not shards[0] & shards[1]
-    assert any("left out: 18" in text for text in printed)
+    printed = [process.communicate(timeout=300)[0] for process in ranks]
+    first, second = [set(re.findall(r"^shard (\d+):", text, re.MULTILINE)) for text in printed]
+    assert [process.returncode for process in ranks] == [0, 0] and first and second and not first & second
+    assert any("left out: 19" in text for text in printed)
     assert contents(released / "ranks") == contents(released / "alone")
 
 
 def test_a_damaged_json_is_named(released, monkeypatch, capsys):
-    """A download that was cut off is one clear line, and loses no shard that is complete; a mended one is another corpus."""
+    """A cut-off download gives one clear line and loses no finished shard. Repaired, it is another corpus."""
     text = (released / "data.json").read_text()
     (released / "cut.json").write_text(text[:len(text) // 2])
     words = command("instructs2s", released / "cut", "--path", released / "cut.json", "--shard", 7)
     last = refusal(monkeypatch, capsys, words)
-    assert last.startswith(f"error: {released / 'cut.json'}: it is damaged or cut off after ") and "download it again" in last
-    assert list((released / "cut/shards").glob("*.json")) and not (released / "cut/dataset_dict.json").exists()
+    assert last.startswith(f"error: {released / 'cut.json'}: it is damaged or cut off after ")
+    assert "download it again" in last
+    assert finished_shards(released / "cut") and not (released / "cut/complete.json").exists()
     shutil.copy(released / "data.json", released / "cut.json")
     assert "was built with another path_sha256; " in refusal(monkeypatch, capsys, words)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64, 1 << 16])
 def test_json_array_wherever_a_chunk_ends(chunk):
-    """The JSON is read in pieces; it does not matter where one ends, even between an element and its comma."""
-    rows = [{"a": [1, 2, {"b": "]}[,{"}], "é": 'x"\\y'}, {"id": 2}, {}, talk("x", 2)]
-    for indent in (None, 4):
-        assert list(json_array(io.StringIO(json.dumps(rows, indent=indent) + "\n"), chunk)) == rows
+    """The JSON is read in pieces; it does not matter where one ends, not even inside an escape."""
+    rows = [{"a": [1, 2, {"b": "]}[,{"}], "é": 'x"\\y\\\\ud800'}, {"id": 2}, {},
+            {"c": "😀😀\n\t\"", "d": 2.5}, talk("x", 2)]
+    for text in (json.dumps(rows), json.dumps(rows, indent=4), json.dumps(rows, ensure_ascii=False)):
+        assert list(json_array(io.StringIO(text + "\n"), chunk)) == rows
     assert list(json_array(io.StringIO("[ ]\n"), chunk)) == []
-    for text in ("", '{"id": 1}', json.dumps(rows)[:-1], "[{} {]"):
+    for text in ("", '{"id": 1}', json.dumps(rows)[:-1], "[{} {]", "[1] 2"):
         with pytest.raises(ValueError):
             list(json_array(io.StringIO(text), chunk))
+    halves = ["\ud83d", "\ude00", "\ude00\ud83d", "a\ud83d\ud83d\ude00b"]           # of surrogate pairs
+    read = list(json_array(io.StringIO(json.dumps(halves)), chunk))
+    assert read == ["\uffff", "\uffff", "\uffff\uffff", "a\uffff😀b"]
 
 
-# --------------------------------------------------------------------------------------------- folder and text
+CUT_OFF = "it is damaged or cut off after 2 dialogues (parse error: premature EOF); download it again"
+
+
+@pytest.mark.parametrize("content, error", [
+    (b"[{}, {\xff}]", "it is not UTF-8 text"), ("[{}]".encode("utf-16"), "it is not UTF-8 text"),
+    (b"", "it is not a JSON array"), (b'{"id": 1}', "it is not a JSON array"),
+    (b'[{"id": 1}, {"id": 2}, {"i', CUT_OFF)])
+def test_a_json_that_cannot_be_read(tmp_path, content, error):
+    """One ValueError that names the file, whatever is wrong with it."""
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        list(records(DataConfig(source="instructs2s", path=str(tmp_path / "data.json"))))
+    assert str(refusal.value).startswith(f"{tmp_path}/data.json: {error}")
+    (tmp_path / "data.json").write_bytes(b"\xef\xbb\xbf [{}, 1]")         # with a byte order mark
+    assert list(records(DataConfig(source="instructs2s", path=str(tmp_path / "data.json")))) == [{}, 1]
+
+
+def test_a_record_that_is_nested_too_deeply(tmp_path, monkeypatch):
+    """It costs only itself."""
+    good = [json.dumps(talk(*name)) for name in NAMES[:8]]
+    deep = "[" * 3000 + "]" * 3000
+    (tmp_path / "data.json").write_text(f"[{', '.join([*good, deep])}]")
+    build_here(monkeypatch, command("instructs2s", tmp_path / "corpus", "--path", tmp_path / "data.json"))
+    assert [x["reason"] for x in entries(tmp_path / "corpus")] == ["a record that is nested too deeply"]
+    assert len(load_corpus(str(tmp_path / "corpus"), "train")) > 4
+
+
+# -------------------------------------------------------------------------------------------------- odd texts
+
+def tokenizer_of_newlines(folder):
+    """The golden checkpoint's tokenizer, with tokens for several runs of whitespace as Qwen2.5's has them."""
+    for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+        shutil.copy(CHECKPOINT / "checkpoint" / name, folder)
+    vocab = json.loads((CHECKPOINT / "checkpoint/vocab.json").read_text())
+    merges = (CHECKPOINT / "checkpoint/merges.txt").read_text().splitlines()
+    n, r, space = "ĊčĠ"                                 # \n, \r and a space, as byte-level BPE writes them
+    for i, (left, right) in enumerate([(n, n), (r, n), (space, n), (n + n, n), (space, space)]):
+        vocab[left + right] = 360 + i
+        merges.append(f"{left} {right}")
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(merges))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("\n\n")["input_ids"] == [360] and tokenizer("a\r\n b")["input_ids"][1] == 361
+    return tokenizer
+
+
+def laid_out_as_a_whole(tokenizer, replies):
+    """The ids of a dialogue if the chat template is tokenized at once, as officially; without `<speech>`."""
+    messages = []
+    for reply in replies:
+        messages += [{"role": "user", "content": "<speech>"}, {"role": "assistant", "content": reply}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    speech = tokenizer.convert_tokens_to_ids("<speech>")
+    ids = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i != speech]
+    return ids[:-1]                                     # without the newline at the end of the template
+
+
+SPACES = [chr(i) for i in range(0x110000) if chr(i).isspace()]
+INVISIBLE = list("\u00ad\u034f\u061c\u115f\u180e\u200b\u200c\u200d\u200e\u200f\u202e\u2060\u2066\u3164\ufeff")
+BEFORE = ["", " ", "\n", "\n\n", "\n\n\n", " \n", "\n ", "\r\n", "\r\n\r\n", "\t\n", "\n\u00a0\n"]
+AFTER = [" ", "\n", "\n\n", "\r\n", " \n "]
+ODD = [before + "Hello." for before in BEFORE] + ["Hello." + after for after in AFTER]
+ODD += [c + "\nHi" + c for c in SPACES + INVISIBLE] + [c + "Hi" for c in SPACES + INVISIBLE] + INVISIBLE
+ODD += ["\u0301combining", "\n\u0301combining", "\n😀", "😀\n", "😀", "\u200f\u05e9\u05dc", "\n\u200f\u05e9",
+        "\n's", "'s", "...\n\n", "\n...", "1\n", "\n\n1", "a\n\nb\r\nc", "\x00Hi", "\n\x00", "\x1b[0m", "<0>",
+        "<sep>", "assistant\n", "\n\nuser\n"]
+BLANK = ["", " ", "\n", "\n\n", " \t\r\n", "\u00a0\u2003\n", *SPACES]
+
+
+def test_odd_beginnings_and_endings(tmp_path, monkeypatch):
+    """However a text begins or ends, every turn is laid out as the official code does it, or left out."""
+    rows = [talk(f"odd-{i}", 3) for i in range(len(ODD))] + [talk(f"blank-{i}", 2) for i in range(len(BLANK))]
+    for row, text in zip(rows, ODD + BLANK):
+        for said in row["conversation"][1::2]:
+            said["text"] = text
+    rows += [spoilt(f"unasked-{i}", text=text) for i, text in enumerate(BLANK)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    build_here(monkeypatch, command("instructs2s", tmp_path / "corpus", "--path", tmp_path / "data.json",
+                                    "--held_out", 0.2))
+    names = {f"{kind}-{i}" for kind in ("blank", "unasked") for i in range(len(BLANK))}
+    assert left_out(tmp_path / "corpus") == dict.fromkeys(names, "an empty text")
+
+    tokenizer, (_, _, tts_tokenizer) = tokenizer_of_newlines(tmp_path), load()
+
+    def laid_out(rows):
+        dialogues = Dialogues(rows, tokenizer, tts_tokenizer, 128, 3, 10, hear=False)
+        return [dialogues[i]["ids"] for i in range(len(dialogues))]
+
+    n = 0
+    for rows in rows_of(tmp_path / "corpus").values():
+        for row, ids in zip(rows, laid_out(rows)):
+            assert ids == laid_out_as_a_whole(tokenizer, row["replies"]), row["replies"]
+            n += 1
+    assert n == len(ODD)
+    raw = rows[0] | {"replies": ["\nHello."] * 3}        # as in the file: it would differ
+    assert laid_out([raw])[0] != laid_out_as_a_whole(tokenizer, raw["replies"])
+
+
+# -------------------------------------------------------------------------------------------- folder and text
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """A codec, a synthesiser, and a folder of recordings."""
+    """A codec, a synthesizer, and a folder of recordings."""
     at = tmp_path_factory.mktemp("recordings")
     torch.manual_seed(0)
     NanoCodec(dim=16, phonemes="a").save(at / "codec.pt")
@@ -247,43 +383,51 @@ def recordings(tmp_path_factory):
     return at
 
 
+def tts_command(at):
+    return f"{sys.executable} -IS {at / 'tts.py'} {{wav}} {{voice}}"
+
+
 def test_own_recordings(recordings):
-    """Recorded questions are referred to, of 70 s too; a recorded reply gives the codec's units, 25 a second; a reply that
-    was not recorded is said by the synthesiser in the assistant's voice."""
+    """Rows refer to recorded questions, even of 70 s; a recorded reply gives the codec's units, 25 a second;
+    a reply that was not recorded is said by the synthesizer in the assistant's voice."""
     at = recordings
-    good = [{"id": f"d{i}", "speech": ["q.flac", "long.flac"][:1 + (i == 0)], "replies": ["Yes.", "No."][:1 + (i == 0)],
-             "reply_speech": ["a.flac", None][:1 + (i == 0)]} for i in range(12)]
+    one = {"speech": ["q.flac"], "replies": ["Yes."], "reply_speech": ["a.flac"]}
+    two = {"speech": ["q.flac", "long.flac"], "replies": ["Yes.", "No."], "reply_speech": ["a.flac", None]}
+    good = [{"id": "d0"} | two] + [{"id": f"d{i}"} | one for i in range(1, 12)]
     bad = {"turns that do not alternate": {"id": "b1", "speech": ["q.flac"], "replies": ["Yes.", "No."]},
            "an unknown key": {"id": "b2", "speech": ["q.flac"], "reply": ["Yes."]},
            "a path that leaves audio_root": {"id": "b3", "speech": ["../q.flac"], "replies": "Yes."},
            "an empty text": {"id": "b4", "speech": ["q.flac"], "replies": [""]},
-           "the synthesiser failed": {"id": "b5", "speech": ["q.flac"], "replies": ["An unspeakable word."]}}
+           "the synthesizer failed": {"id": "b5", "speech": ["q.flac"], "replies": ["An unspeakable word."]}}
     lines = [json.dumps(row) for row in [*good, *bad.values()]] + ['{"id": "b6",', "\n", "[1]"]
     (at / "dialogues.jsonl").write_text("\ufeff" + "\r\n".join(lines))
-    run(*command("folder", at / "corpus", "--path", at / "dialogues.jsonl", "--audio_root", at, "--codec", at / "codec.pt",
-                 "--held_out", 0.3, "--tts", f"{sys.executable} -IS {at / 'tts.py'} {{wav}} {{voice}}", "--assistant", "900"))
-    listed = [json.loads(line) for line in (at / "corpus/left_out.jsonl").read_text().splitlines()]
-    assert {x["reason"]: x["id"] for x in listed} == {reason: row["id"] for reason, row in bad.items()} | {
-        "a line that is not JSON": None, "a record that is no JSON object": None}
-    assert "exit code 1: I cannot say that" in next(x["detail"] for x in listed if x["id"] == "b5")
-    assert "did you mean 'replies'?" in next(x["detail"] for x in listed if x["id"] == "b2")
+    options = ["--path", at / "dialogues.jsonl", "--audio_root", at, "--codec", at / "codec.pt",
+               "--held_out", 0.3, "--tts", tts_command(at), "--assistant", "900"]
+    run(*command("folder", at / "corpus", *options))
+    expected = {reason: row["id"] for reason, row in bad.items()}
+    expected |= {"a line that is not JSON": None, "a record that is not a JSON object": None}
+    assert {entry["reason"]: entry["id"] for entry in entries(at / "corpus")} == expected
+    details = {entry["id"]: entry["detail"] for entry in entries(at / "corpus")}
+    assert "exit code 1: I cannot say that" in details["b5"] and "did you mean 'replies'?" in details["b2"]
     rows = {row["id"]: row for split in rows_of(at / "corpus").values() for row in split}
     assert rows.keys() == {row["id"] for row in good}
     first = rows["d0"]
     assert [len(c) for c in clips(first)] == [8000, 70 * 16000] and first["users"] == ["q.flac", "long.flac"]
     assert len(first["units"][0]) == 25 and rows["d1"]["units"] == first["units"][:1]
-    assert len(first["units"][1]) == 10               # a tenth of a second a letter, "No." and the end of its line
+    assert len(first["units"][1]) == 10               # 0.1 s a letter: "No." and the end of its line
     trainable(at / "corpus", "stage2")
 
 
 def test_csv_is_the_same_as_jsonl(tmp_path):
-    """A table says the same as JSON lines, turns divided by "|"."""
+    """A table says the same as JSON lines, with turns divided by "|"."""
     rows = [{"id": "a", "users": ["One, two?", "And?"], "replies": ["Yes.", "No."]},
             {"id": "b", "users": ["Q"], "replies": ["A"]}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with open(tmp_path / "d.csv", "w", newline="", encoding="utf-8-sig") as f:
         table = csv.writer(f)
-        table.writerows([["id", "users", "replies"], *[[r["id"], " | ".join(r["users"]), "|".join(r["replies"])] for r in rows]])
+        table.writerow(["id", "users", "replies"])
+        for row in rows:
+            table.writerow([row["id"], " | ".join(row["users"]), "|".join(row["replies"])])
     parsed = []
     for name in ("d.jsonl", "d.csv"):
         cfg = DataConfig(source="text", path=str(tmp_path / name))
@@ -294,20 +438,23 @@ def test_csv_is_the_same_as_jsonl(tmp_path):
         parse(cfg, next(records(cfg)))
 
 
-def test_a_killed_run_continues_to_the_same_corpus(recordings):
-    """SIGKILL in the middle of synthesis leaves no process behind and nothing half-written; the same command makes what a
-    run makes that was not killed. A synthesiser's failure costs its row alone."""
+def test_a_killed_run_resumes_to_the_same_corpus(recordings, capsys):
+    """SIGKILL in the middle of synthesis leaves no process behind and nothing half-written. The same command
+    then makes what a run makes that was not killed. A synthesizer's failure costs only its row."""
     at = recordings
-    rows = [{"id": f"t{i}", "users": ["Hello there."] * (1 + i % 2), "replies": ["Yes."] * (1 + i % 2)} for i in range(16)]
+    rows = []
+    for i in range(16):
+        turns = 1 + i % 2
+        rows.append({"id": f"t{i}", "users": ["Hello there."] * turns, "replies": ["Yes."] * turns})
     rows[8]["users"] = ["Say it slowly."]
     rows[3] |= {"users": ["The unspeakable."], "replies": ["No."]}
     rows[5] |= {"users": ["Say nothing."] * 2}
     (at / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["--path", at / "texts.jsonl", "--codec", at / "codec.pt", "--shard", 2, "--held_out", 0.3,
-             "--tts", f"{sys.executable} -IS {at / 'tts.py'} {{wav}} {{voice}}", "--voices", "700,800", "--assistant", "900"]
+             "--tts", tts_command(at), "--voices", "700,800", "--assistant", "900"]
     run(*command("text", at / "straight", *words))
     reasons = left_out(at / "straight")
-    assert reasons == {"t3": "the synthesiser failed", "t5": "the synthesiser failed"}
+    assert reasons == {"t3": "the synthesizer failed", "t5": "the synthesizer failed"}
 
     one = command("text", at / "killed", *words)
     two = [*one]
@@ -315,21 +462,28 @@ def test_a_killed_run_continues_to_the_same_corpus(recordings):
     stuck = at / "tts.py.stuck"
     stuck.touch()
     process = subprocess.Popen(two, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    markers, end = at / "killed/shards", time.time() + 300
-    while len(list(markers.glob("*.json"))) < 6:      # of 8: shard 4 has the slow row, and shard 6 waits for it
+    end = time.time() + 300
+    while len(finished_shards(at / "killed")) < 6:    # of 8: shard 4 has the slow row, shard 6 waits for it
         assert time.time() < end and process.poll() is None
         time.sleep(0.05)
     children = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
     stuck.unlink()
-    alive = lambda pid: Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    def alive(pid):
+        return Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+
     while any(alive(pid) for pid in children):
         assert time.time() < end
         time.sleep(0.05)
-    assert len(children) >= 2 and not (at / "killed/dataset_dict.json").exists() and list((at / "killed").rglob("*.tmp"))
+    assert len(children) >= 2 and not (at / "killed/complete.json").exists()
     with pytest.raises(SystemExit):
         load_corpus(str(at / "killed"), "train")
+    assert "is unfinished; run the same `python data.py` command again" in capsys.readouterr().err
+    debris = at / "killed/shards/00004.4711.tmp/train"         # as a kill while a shard is written leaves it
+    debris.mkdir(parents=True)
+    (debris / "data-00000-of-00001.arrow").write_text("half")
     printed = run(*one)
     assert sum(line.startswith("shard 0") for line in printed.splitlines()) == 2
     assert contents(at / "killed") == contents(at / "straight")
@@ -338,22 +492,26 @@ def test_a_killed_run_continues_to_the_same_corpus(recordings):
 
 
 def test_tools_that_do_not_work_are_refused_at_once(recordings, monkeypatch, capsys):
-    """A synthesiser that cannot say one word would cost every row, after hours, and a codec that does not load all processes."""
-    words = command("text", recordings / "none", "--path", recordings / "texts.jsonl", "--codec", recordings / "codec.pt")
+    """A synthesizer that cannot say one word would cost every row, after hours; a codec that does not load
+    would stop every process."""
+    words = command("text", recordings / "none", "--path", recordings / "texts.jsonl",
+                    "--codec", recordings / "codec.pt")
     (recordings / "texts.jsonl").touch()
     (recordings / "text.pt").write_text("Dear sir or madam")
-    for codec, message in (("text.pt", "is no file of tensors"), ("none.pt", "there is no codec")):
+    for codec, message in (("text.pt", "is not a file of tensors"), ("none.pt", "there is no codec")):
         assert message in refusal(monkeypatch, capsys, [*words[:-1], str(recordings / codec)])
-    last = refusal(monkeypatch, capsys, [*words, "--tts", f"{sys.executable} {recordings / 'none.py'} {{wav}}"])
-    assert last.startswith(f"error: voice '{ASSISTANT}' does not speak: exit code 2") and "No such file" in last
-    assert not (recordings / "none").exists()          # the right command is not refused for what a wrong one left
-    for tts in ("no-such-synthesiser {wav}", "cat", "cat {wav} 'open", "cat {wav} {voice}"):
+    no_script = f"{sys.executable} {recordings / 'none.py'} {{wav}}"
+    last = refusal(monkeypatch, capsys, [*words, "--tts", no_script])
+    assert last.startswith(f"error: voice '{ASSISTANT}' does not speak: exit code 2")
+    assert "No such file" in last
+    assert not (recordings / "none").exists()          # nothing for which the right command would be refused
+    for tts in ("no-such-synthesizer {wav}", "cat", "cat {wav} 'open", "cat {wav} {voice}"):
         with pytest.raises(ValueError):
             DataConfig(source="text", path="x", tts=tts)
 
 
 def test_units_in_any_form():
-    """Whether the release writes a list or a text is not known: both are read, and nothing else is guessed at."""
+    """We do not know whether the release writes a list or a text: both are read, and nothing else."""
     for units in ([12, 7], "12 7", "12,7", "[12, 7]", "[12 7]\n"):
         assert to_units(units) == [12, 7]
     for units in ("", "12.5", "0x1f", "<12>", [True], ["12"], [1.0], {"a": 1}, 12):

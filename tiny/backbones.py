@@ -1,18 +1,20 @@
 """
-Train the three backbones of the embedded world, which for the real sizes are downloads.
+Train the three backbones of the embedded world; at real size these are downloads.
 
-Why: LLaMA-Omni 2 starts from a recogniser (Whisper), a language model (Qwen2.5) and a speech codec (CosyVoice 2)
-that others trained. Where nothing can be downloaded we grow small ones, in the same file formats, so that train.py
-and sample.py cannot tell the difference:
+Why: LLaMA-Omni 2 starts from a recognizer (Whisper), a language model (Qwen2.5) and a speech codec
+(CosyVoice 2) that others trained. Where nothing can be downloaded we train small ones, in the same file
+formats, so that train.py and sample.py cannot tell the difference:
 
     tiny/whisper.pt   openai-whisper's own classes and format: `whisper.load_model("tiny/whisper.pt")`
     tiny/qwen2/       transformers' Qwen2ForCausalLM and its tokenizer: `from_pretrained("tiny/qwen2")`
-    tiny/codec.pt     codec.NanoCodec
+    tiny/codec.pt     tiny/codec.py's NanoCodec
 
-They are shipped with the repository, as the real ones are downloads, and backbones.log is the log of the run that made
-them. How: `python tiny/backbones.py` synthesises speech of the train split (tiny/world.py), trains each one for a fixed
-number of steps, prints its figure of merit on held-out sentences and voices, and writes it. What is there already is
-left alone. Muon updates the matrices of the blocks and AdamW everything else: it learned faster than AdamW alone.
+The repository ships them, and tiny/backbones.log is the log of the run that made them.
+
+How: `python tiny/backbones.py` synthesizes speech of the train split (tiny/world.py), trains each backbone
+for a fixed number of steps, prints its figure of merit on held-out sentences and voices, and writes it. It
+skips what is there already. Muon updates the matrices of the blocks and AdamW everything else: that learned
+faster than AdamW alone.
 """
 import dataclasses
 import multiprocessing
@@ -29,24 +31,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 import whisper
 from tokenizers import pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from codec import NanoCodec
-from configure import configure
-from eval import hear_all as recognise, language_model, word_error_rate
-from model import SpeechEncoder, replace_folder
-from tiny import world
+from eval import language_model, transcribe_all, word_error_rate
+from model import IGNORE, SpeechEncoder
+from omni.audio import MEL_RATE, SAMPLE_RATE
+from omni.configure import configure, fail
+from omni.espeak import ACCENTS, ASSISTANT, UNSEEN_ACCENT, draw_voice, speak
+from omni.files import replace_folder
+from tiny.codec import NanoCodec
+from tiny.world import dialogue
 
 
 @dataclass(frozen=True)
 class BackbonesConfig:
-    out_dir: str = "tiny"          # where the three files go
+    out_dir: str = "tiny"          # where the three backbones go
     parts: tuple[str, ...] = ("qwen2", "codec", "whisper")   # which to train
     qwen2_dialogues: int = 60000   # how many dialogues Qwen2 reads
     qwen2_steps: int = 2000        # steps of 64 dialogues
-    codec_sentences: int = 3000    # how many different sentences the codec hears, all in the assistant's voice
+    codec_sentences: int = 3000    # how many different sentences the codec hears, in the assistant's voice
     codec_steps: int = 2000        # steps of 32 crops of 2 s
     whisper_clips: int = 40000     # how many different clips Whisper hears
     whisper_steps: int = 5000      # steps of 32 clips
@@ -56,34 +62,37 @@ class BackbonesConfig:
 
 # ------------------------------------------------------------------------------------------------- training
 
+def log(cfg, text):
+    """Print a line, and append it to backbones.log."""
+    tqdm.write(text)
+    with open(f"{cfg.out_dir}/backbones.log", "a") as file:
+        file.write(text + "\n")
+
+
 def optimizers(model, lr):
-    """Muon for the matrices inside blocks, AdamW (at a tenth of its rate) for embeddings, heads, norms and biases."""
-    inside = [p for n, p in model.named_parameters() if p.ndim == 2 and ("blocks" in n or "layers" in n or ".mlp" in n)]
-    chosen = {id(p) for p in inside}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    """Muon for the matrices inside blocks, AdamW at a tenth of its rate for everything else."""
+    inside, rest = [], []
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and ("blocks" in name or "layers" in name or ".mlp" in name):
+            inside.append(p)
+        else:
+            rest.append(p)
     return [torch.optim.Muon(inside, lr=lr, weight_decay=0.01, adjust_lr_fn="original"),
             torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.98), weight_decay=0.01)]
 
 
-def say(text):
-    """Print a line, and keep it in backbones.log."""
-    tqdm.write(text)
-    with open(f"{cfg.out_dir}/backbones.log", "a") as f:
-        f.write(text + "\n")
-
-
-def fit(name, model, loss_of_batch, steps, lr=0.02):
-    """Train for `steps` steps; loss_of_batch() draws a batch and returns a dict of losses, whose sum is minimised."""
+def fit(cfg, name, model, loss_of_batch, steps, lr=0.02):
+    """Train for `steps` steps. loss_of_batch() draws a batch and returns {name: loss}, to be summed."""
     opts = optimizers(model, lr)
     model.train()
-    bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, dynamic_ncols=True)
-    for step in bar:
-        scale = min(1, (step + 1) / 50) * min(1, (steps - step) / (0.5 * steps))    # warm-up, flat, linear to zero
+    for step in tqdm(range(steps), desc=name, unit="step", mininterval=1, dynamic_ncols=True):
+        # warm-up over 50 steps, flat, then linear to zero over the second half
+        scale = min(1, (step + 1) / 50) * min(1, (steps - step) / (0.5 * steps))
         with torch.autocast("cpu", torch.bfloat16):
             losses = loss_of_batch()
         loss = sum(losses.values())
         if not torch.isfinite(loss):
-            raise SystemExit(f"error: {name}: loss is {loss.item()} at step {step}")
+            fail(f"{name}: the loss is {loss.item()} at step {step}; try another --seed")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt, base in zip(opts, (lr, lr / 10)):
@@ -91,7 +100,8 @@ def fit(name, model, loss_of_batch, steps, lr=0.02):
             opt.step()
             opt.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps - 1:
-            say(f"{name} step {step}/{steps} | " + " | ".join(f"{k} {v.item():.3f}" for k, v in losses.items()))
+            values = [f"{key} {value.item():.3f}" for key, value in losses.items()]
+            log(cfg, f"{name} step {step}/{steps} | {' | '.join(values)}")
     return model.eval()
 
 
@@ -103,242 +113,332 @@ def bucketed(rng, lengths, size):
         yield from rng.sample(batches, len(batches))
 
 
-def _say(job):
-    return world.speak(*job)
+def processes():
+    """A pool of one process per core."""
+    return multiprocessing.get_context("spawn").Pool(os.cpu_count())
 
 
-def say_all(jobs):
-    """[(text, voice)] or [(text, voice, True)] -> what `world.speak` returns for each, on all cores."""
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        return list(tqdm(pool.imap(_say, jobs, chunksize=64), total=len(jobs), desc="speaking", unit="utterance"))
+def run_all(function, jobs):
+    """[function(job) for job in jobs], on all cores."""
+    with processes() as pool:
+        results = pool.imap(function, jobs, chunksize=64)
+        return list(tqdm(results, total=len(jobs), desc="speaking", unit="utterance"))
+
+
+def speak_job(job):
+    """(text, voice) or (text, voice, True) -> what `speak` returns for it."""
+    return speak(*job)
+
+
+def replies(rng, split, count):
+    """What the assistant says in `count` dialogues."""
+    return [turn["assistant"] for _ in range(count) for turn in dialogue(rng, split)]
 
 
 # ---------------------------------------------------------------------------------------------------- codec
 
+UNIT = NanoCodec.hop * NanoCodec.frames               # samples in a unit: 640
+CROP = 50                                             # units that a training example has: 2 s
+
+
 def pitch(wav, hop=NanoCodec.hop, low=65, high=300):
-    """Pitch of a clean voice by normalised autocorrelation: wav (samples,) 16 kHz -> (f0 Hz, strength 0..1), 100 Hz."""
+    """Pitch of a clean voice by normalized autocorrelation.
+
+    wav (samples,) at 16 kHz -> f0 in Hz, and how sure it is, 0..1; both (frames,) at 100 Hz
+    """
     size = 800                                        # 50 ms window
-    frames = F.pad(wav, (size // 2, size // 2)).unfold(0, size, hop)[: len(wav) // hop] * torch.hann_window(size)
+    hann = torch.hann_window(size)
+    frames = F.pad(wav, (size // 2, size // 2)).unfold(0, size, hop)[:len(wav) // hop] * hann
     auto = torch.fft.irfft(torch.fft.rfft(frames, 2 * size).abs() ** 2)[:, :size]
-    window = torch.fft.irfft(torch.fft.rfft(torch.hann_window(size), 2 * size).abs() ** 2)[:size]
+    window = torch.fft.irfft(torch.fft.rfft(hann, 2 * size).abs() ** 2)[:size]
     auto = auto / (auto[:, :1] + 1e-4) / (window / window[0]).clamp(min=0.05)
-    lags = auto[:, world.SAMPLE_RATE // high: world.SAMPLE_RATE // low]
+    shortest, longest = SAMPLE_RATE // high, SAMPLE_RATE // low       # periods in samples
+    lags = auto[:, shortest:longest]
     strength = lags.max(-1).values
-    peak = (lags > lags[:, :1]) & (lags >= 0.92 * strength[:, None])     # the first peak, not its multiples
+    peak = (lags > lags[:, :1]) & (lags >= 0.92 * strength[:, None])  # the first peak, not its multiples
     peak[:, 1:-1] &= (lags[:, 1:-1] >= lags[:, :-2]) & (lags[:, 1:-1] >= lags[:, 2:])
-    lag = torch.where(peak.any(-1), peak.float().argmax(-1), lags.argmax(-1)) + world.SAMPLE_RATE // high
-    return world.SAMPLE_RATE / lag, strength.clamp(0, 1)
+    lag = torch.where(peak.any(-1), peak.float().argmax(-1), lags.argmax(-1)) + shortest
+    return SAMPLE_RATE / lag, strength.clamp(0, 1)
+
+
+def labelled_clip(wav, events, names):
+    """A sentence, padded to 2 s -> wav (640 U,), and for each frame (4 U,): phoneme, pitch, its strength."""
+    units = max(CROP, -(-len(wav) // UNIT))
+    wav = torch.from_numpy(np.pad(wav, (0, units * UNIT - len(wav))))
+    middle = torch.arange(len(wav) // NanoCodec.hop) / MEL_RATE + 0.005       # seconds, of each frame
+    starts = torch.tensor([second for second, _ in events])
+    phonemes = torch.tensor([names.index(phoneme) for _, phoneme in events])
+    label = phonemes[(torch.searchsorted(starts, middle) - 1).clamp(0)]
+    return wav, label, *pitch(wav)
 
 
 def train_codec(cfg, rng):
     texts = set()
     while len(texts) < cfg.codec_sentences:
-        texts |= {t[who] for t in world.dialogue(rng, "train") for who in ("user", "assistant")}
-    spoken = say_all([(t, world.ASSISTANT, True) for t in sorted(texts)])
-    names = sorted({p for _, events in spoken for _, p in events})
-    clips = []
-    for wav, events in spoken:
-        wav = torch.from_numpy(np.pad(wav, (0, -len(wav) % 640 + 640 * (50 - min(50, -(-len(wav) // 640))))))
-        frame = torch.arange(len(wav) // 160) / 100 + 0.005
-        starts = torch.tensor([s for s, _ in events])
-        label = torch.tensor([names.index(p) for _, p in events])[(torch.searchsorted(starts, frame) - 1).clamp(0)]
-        clips.append((wav, label, *pitch(wav)))
+        for turn in dialogue(rng, "train"):
+            texts |= {turn["user"], turn["assistant"]}
+    spoken = run_all(speak_job, [(text, ASSISTANT, True) for text in sorted(texts)])
+    names = sorted({phoneme for _, events in spoken for _, phoneme in events})
+    clips = [labelled_clip(wav, events, names) for wav, events in spoken]
     torch.manual_seed(cfg.seed)
     codec = NanoCodec(phonemes=names)
 
+    def crop():
+        """2 s of a random clip."""
+        wav, label, f0, strength = clips[rng.randrange(len(clips))]
+        start = rng.randint(0, len(wav) // UNIT - CROP)
+        samples = slice(start * UNIT, (start + CROP) * UNIT)
+        frames = slice(start * codec.frames, (start + CROP) * codec.frames)
+        return wav[samples], label[frames], f0[frames], strength[frames] > 0.6
+
+    def log_power(power):
+        return torch.log(power + 1e-5)
+
     def loss():
-        wavs, labels, f0s, voiced = [], [], [], []
-        for _ in range(32):
-            wav, label, f0, strength = clips[rng.randrange(len(clips))]
-            u = rng.randint(0, len(wav) // 640 - 50)
-            wavs.append(wav[u * 640:(u + 50) * 640]), labels.append(label[u * 4:(u + 50) * 4])
-            f0s.append(f0[u * 4:(u + 50) * 4]), voiced.append(strength[u * 4:(u + 50) * 4] > 0.6)
-        wav, label, f0, voiced = map(torch.stack, (wavs, labels, f0s, voiced))
+        crops = [crop() for _ in range(32)]
+        wav, label, f0, voiced = (torch.stack(column) for column in zip(*crops))
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             mel = codec.log_mel(wav)
             target = codec.stft(wav).abs()
             pulse_in = codec.stft(codec.pulses(f0)).abs()
             noise_in = codec.window.square().sum().sqrt()
         codes = codec.tokenize(mel)
-        phoneme = codec.recognise(codes).unflatten(-1, (4, -1)).flatten(1, 2)
-        f0_hat, pulse, noise = codec.render(codes.detach())    # the units serve the recogniser alone: see project.md
+        phoneme = codec.recognise(codes).unflatten(-1, (codec.frames, -1)).flatten(1, 2)
+        # the decoder does not train the tokenizer: its units serve the recognizer only, see project.md
+        f0_hat, pulse, noise = codec.render(codes.detach())
         power = (pulse_in * pulse.exp()) ** 2 + (noise_in * noise.exp()) ** 2
-        log = lambda p: torch.log(p + 1e-5)
         bands = codec.curve.T                         # (257, bands)
         return {"phoneme": F.cross_entropy(phoneme.float().transpose(1, 2), label),
-                "spectrum": (log(power) - log(target ** 2)).abs().mean() * 0.5,
-                "envelope": (log(power @ bands) - log(target ** 2 @ bands)).abs().mean(),
+                "spectrum": (log_power(power) - log_power(target ** 2)).abs().mean() * 0.5,
+                "envelope": (log_power(power @ bands) - log_power(target ** 2 @ bands)).abs().mean(),
                 "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
-    fit("codec", codec, loss, cfg.codec_steps)
+
+    fit(cfg, "codec", codec, loss, cfg.codec_steps)
     codec.save(f"{cfg.out_dir}/codec.pt")
-    unseen = [t["assistant"] for _ in range(cfg.figures) for t in world.dialogue(rng, "test")][:cfg.figures]
-    original = say_all([(t, world.ASSISTANT) for t in unseen])
-    decoded = [codec.decode(codec.encode(torch.from_numpy(w))).numpy() for w in original]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    measure_codec(cfg, rng, codec)
+
+
+def measure_codec(cfg, rng, codec):
+    """Word error rates of an independent recognizer, on unseen replies and on what the codec returns."""
+    unseen = replies(rng, "test", cfg.figures)[:cfg.figures]
+    original = run_all(speak_job, [(text, ASSISTANT) for text in unseen])
+    decoded = [codec.decode(codec.encode(torch.from_numpy(wav))).numpy() for wav in original]
+    with processes() as pool:
         for judge, bigram in (("bigram", True), ("word loop", False)):
-            arpa = language_model([t["assistant"] for _ in range(2000) for t in world.dialogue(rng, "train")], bigram)
-            there, back = (100 * word_error_rate(unseen, recognise(pool, wavs, arpa)) for wavs in (original, decoded))
-            say(f"codec: {judge} judge, WER on unseen replies {back:.1f} %, on the original speech {there:.1f} %: excess "
-                f"{back - there:.1f}")
+            arpa = language_model(replies(rng, "train", 2000), bigram)
+            before = 100 * word_error_rate(unseen, transcribe_all(pool, original, arpa))
+            after = 100 * word_error_rate(unseen, transcribe_all(pool, decoded, arpa))
+            log(cfg, f"codec: {judge} judge, WER on unseen replies {after:.1f} %, on the original speech "
+                     f"{before:.1f} %: excess {after - before:.1f}")
 
 
 # -------------------------------------------------------------------------------------------------- whisper
 
-def _mel(job):
+def mel_job(job):
+    """(text, voice) -> the log-mel of its speech, a float16 array (80, frames)."""
     torch.set_num_threads(1)
-    return whisper.log_mel_spectrogram(torch.from_numpy(world.speak(*job)), 80).half().numpy()
+    return whisper.log_mel_spectrogram(torch.from_numpy(speak(*job)), 80).half().numpy()
 
 
-def hear_all(jobs):
-    """[(text, voice)] -> their log-mels, float16 arrays (80, frames)."""
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        return list(tqdm(pool.imap(_mel, jobs, chunksize=64), total=len(jobs), desc="speaking", unit="utterance"))
-
-
-def encode(encoder, mels):
-    """Log-mels, arrays (80, frames) -> the encoder's states at 50 Hz (B, longest, 128), zeros past a clip's end, and how many
-    each clip has (B,)."""
-    frames = [m.shape[1] for m in mels]
+def encode_clips(encoder, mels):
+    """Log-mels, arrays (80, frames) -> the encoder's states at 50 Hz (B, longest, 128), zeros past a clip's
+    end, and how many each clip has (B,)."""
+    frames = [mel.shape[1] for mel in mels]
     counts = [(n + 1) // 2 for n in frames]
-    states = encoder(torch.cat([torch.from_numpy(m).float() for m in mels], 1), frames)        # clips end to end
-    return torch.nn.utils.rnn.pad_sequence(states.split(counts), True), torch.tensor(counts)
+    end_to_end = torch.cat([torch.from_numpy(mel).float() for mel in mels], 1)
+    states = encoder(end_to_end, frames)
+    return pad_sequence(states.split(counts), True), torch.tensor(counts)
 
 
 @torch.no_grad()
-def transcribe(model, tokenizer, mels, limit=40):
-    """Greedy decoding of a batch of log-mels -> texts."""
+def whisper_transcribe(model, tokenizer, mels, limit=40):
+    """Greedy decoding of a batch of log-mels -> texts of at most `limit` tokens."""
     end = tokenizer.eos_token_id
-    audio, _ = encode(model.encoder, mels)
+    audio, _ = encode_clips(model.encoder, mels)
     tokens = torch.full((len(mels), 1), end)
     for _ in range(limit):
         token = model.decoder(tokens, audio)[:, -1].argmax(-1)
         tokens = torch.cat([tokens, token[:, None]], 1)
         if (tokens[:, 1:] == end).any(1).all():
             break
-    return [tokenizer.decode(row[1:].tolist() + [end]).split(tokenizer.eos_token)[0] for row in tokens]
+    texts = [tokenizer.decode(row[1:].tolist() + [end]) for row in tokens]
+    return [text.split(tokenizer.eos_token)[0] for text in texts]
+
+
+def questions(rng, split, count, accents=ACCENTS):
+    """[(text, voice)]: what users ask."""
+    texts = []
+    while len(texts) < count:
+        texts += [turn["user"] for turn in dialogue(rng, split)]
+    return [(text, draw_voice(rng, split, accents)) for text in texts[:count]]
+
+
+def letters_of(text):
+    """A text as classes for CTC: 1 to 26 for the letters, 27 for a space."""
+    letters = []
+    for c in text.lower():
+        if c == " ":
+            letters.append(27)
+        elif c.isalpha():
+            letters.append(1 + ord(c) - ord("a"))
+    return letters
 
 
 def train_whisper(cfg, rng, tokenizer):
-    """Whisper's loss, the next token given the sound, and beside it CTC on letters from the encoder, which tells the
-    encoder directly what was said where: without it the cross-attention takes minutes to find the words."""
-    def draw(split, n, accents=world.ACCENTS):
-        texts = []
-        while len(texts) < n:
-            texts += [t["user"] for t in world.dialogue(rng, split)]
-        return [(t, world.draw_voice(rng, split, accents)) for t in texts[:n]]
-    jobs = draw("train", cfg.whisper_clips)
-    mels = hear_all(jobs)
+    """Whisper's loss, the next token given the sound, plus CTC on letters from the encoder. CTC tells the
+    encoder directly what was said where; without it the cross-attention takes minutes to find the words."""
+    jobs = questions(rng, "train", cfg.whisper_clips)
+    mels = run_all(mel_job, jobs)
     end = tokenizer.eos_token_id
-    tokens = [[end] + tokenizer(t)["input_ids"] + [end] for t, _ in jobs]
-    letters = [[1 + ord(c) - ord("a") if c != " " else 27 for c in t.lower() if c.isalpha() or c == " "] for t, _ in jobs]
+    tokens = [torch.tensor([end, *tokenizer(text)["input_ids"], end]) for text, _ in jobs]
+    letters = [torch.tensor(letters_of(text)) for text, _ in jobs]
     torch.manual_seed(cfg.seed)
-    dims = whisper.model.ModelDimensions(n_mels=80, n_audio_ctx=1500, n_audio_state=128, n_audio_head=2, n_audio_layer=6,
-                                         n_vocab=len(tokenizer), n_text_ctx=64, n_text_state=128, n_text_head=2, n_text_layer=1)
+    dims = whisper.model.ModelDimensions(
+        n_mels=80, n_audio_ctx=1500, n_audio_state=128, n_audio_head=2, n_audio_layer=6,
+        n_vocab=len(tokenizer), n_text_ctx=64, n_text_state=128, n_text_head=2, n_text_layer=1)
     model = whisper.model.Whisper(dims)
     nn.init.normal_(model.decoder.positional_embedding, std=0.02)
     nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)
     model.encoder = SpeechEncoder(80, 1500, 128, 2, 6)
     model.ctc = nn.Linear(128, 28)
-    batches = bucketed(rng, [m.shape[1] for m in mels], 32)
+    batches = bucketed(rng, [mel.shape[1] for mel in mels], 32)
 
     def loss():
         rows = next(batches)
-        states, counts = encode(model.encoder, [mels[i] for i in rows])
-        text = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens[i]) for i in rows], True, padding_value=-100)
+        states, counts = encode_clips(model.encoder, [mels[i] for i in rows])
+        text = pad_sequence([tokens[i] for i in rows], True, padding_value=IGNORE)
         logits = model.decoder(text[:, :-1].clamp(min=0), states)
-        spelled = torch.tensor([c for i in rows for c in letters[i]])
-        ctc = F.ctc_loss(model.ctc(states).float().log_softmax(-1).transpose(0, 1), spelled, counts,
-                         torch.tensor([len(letters[i]) for i in rows]), zero_infinity=True)
-        return {"text": F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), "ctc": ctc}
+        log_p = model.ctc(states).float().log_softmax(-1).transpose(0, 1)
+        spelled = [letters[i] for i in rows]
+        lengths = torch.tensor([len(x) for x in spelled])
+        return {"text": F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), ignore_index=IGNORE),
+                "ctc": F.ctc_loss(log_p, torch.cat(spelled), counts, lengths, zero_infinity=True)}
 
-    whisper.model.MultiHeadAttention.use_sdpa = False             # on CPU its backward is slower than two products
+    whisper.model.MultiHeadAttention.use_sdpa = False # on CPU its backward is slower than two products
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        fit("whisper", model, loss, cfg.whisper_steps)
-    for name, split, accents in (("unseen sentences and voices", "test", world.ACCENTS),
-                                 ("... in an unseen accent", "test", [world.UNSEEN_ACCENT])):
-        test = draw(split, cfg.figures, accents)
-        heard = hear_all(test)
-        texts = [t for i in range(0, len(test), 50) for t in transcribe(model, tokenizer, heard[i:i + 50])]
-        say(f"whisper: WER on {name}: {100 * word_error_rate([t for t, _ in test], texts):.1f} %")
-    weights = {k: v.half() for k, v in model.state_dict().items() if not k.startswith("ctc.")}
-    torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": weights}, f"{cfg.out_dir}/whisper.pt.tmp")
-    os.replace(f"{cfg.out_dir}/whisper.pt.tmp", f"{cfg.out_dir}/whisper.pt")
+        fit(cfg, "whisper", model, loss, cfg.whisper_steps)
+    tests = {"unseen sentences and voices": ACCENTS, "... in an unseen accent": [UNSEEN_ACCENT]}
+    for name, accents in tests.items():
+        asked = questions(rng, "test", cfg.figures, accents)
+        heard, texts = run_all(mel_job, asked), []
+        for i in range(0, len(heard), 50):
+            texts += whisper_transcribe(model, tokenizer, heard[i:i + 50])
+        log(cfg, f"whisper: WER on {name}: {100 * word_error_rate([text for text, _ in asked], texts):.1f} %")
+    weights = {name: x.half() for name, x in model.state_dict().items() if not name.startswith("ctc.")}
+    file = f"{cfg.out_dir}/whisper.pt"
+    torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": weights}, f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
 
 
 # ---------------------------------------------------------------------------------------------------- qwen2
 
-CHAT = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+CHAT = ("{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
 def make_tokenizer(texts):
-    """Qwen2's own tokenizer (byte-level BPE), trained on the world's texts: nearly every word is one token."""
+    """Qwen2's own tokenizer (byte-level BPE), trained on the world's texts: most words are one token."""
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = texts + ["system user assistant"] * 100
     tokenizer = Qwen2Tokenizer(vocab=letters, merges=[]).train_new_from_iterator(
-        texts + ["system user assistant"] * 100, vocab_size=256 + 700 + len(special), new_special_tokens=special)
+        texts, vocab_size=256 + 700 + len(special), new_special_tokens=special)
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
-def train_qwen2(cfg, rng):
-    def chat(turns):
-        return [m for t in turns for m in ({"role": "user", "content": t["user"]}, {"role": "assistant", "content": t["assistant"]})]
+def messages(turns):
+    """Turns of a dialogue, in the form that a chat template reads."""
+    chat = []
+    for turn in turns:
+        chat.append({"role": "user", "content": turn["user"]})
+        chat.append({"role": "assistant", "content": turn["assistant"]})
+    return chat
 
-    def labelled(turns):                              # ids, and labels for what the assistant says
-        ids, labels = [], []
-        for t in turns:
-            asked = tokenizer(tokenizer.apply_chat_template(chat([t])[:1], tokenize=False, add_generation_prompt=True))["input_ids"]
-            said = tokenizer(t["assistant"])["input_ids"] + [end]
-            ids += asked + said + newline
-            labels += [-100] * len(asked) + said + [-100] * len(newline)
-        return torch.tensor([ids, labels]).T
-    pool = [world.dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues)]
-    tokenizer = make_tokenizer([t[who] for d in pool for t in d for who in ("user", "assistant")])
-    end, newline = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer("\n")["input_ids"]
-    data = [labelled(d) for d in pool]
+
+def prompt_of(tokenizer, turns):
+    """The text that Qwen2 continues with the last turn's reply."""
+    return tokenizer.apply_chat_template(messages(turns)[:-1], tokenize=False, add_generation_prompt=True)
+
+
+def labelled_dialogue(tokenizer, turns):
+    """A dialogue -> (tokens, 2): ids, and labels for what the assistant says."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    newline = tokenizer("\n")["input_ids"]
+    ids, labels = [], []
+    for turn in turns:
+        asked = tokenizer(prompt_of(tokenizer, [turn]))["input_ids"]
+        said = [*tokenizer(turn["assistant"])["input_ids"], end]
+        ids += asked + said + newline
+        labels += [IGNORE] * len(asked) + said + [IGNORE] * len(newline)
+    return torch.tensor([ids, labels]).T
+
+
+def train_qwen2(cfg, rng):
+    dialogues = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues)]
+    tokenizer = make_tokenizer([turn[who] for d in dialogues for turn in d for who in ("user", "assistant")])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    data = [labelled_dialogue(tokenizer, d) for d in dialogues]
     torch.manual_seed(cfg.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id, use_cache=True, attn_implementation="eager"))
-
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None, eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id, use_cache=True, attn_implementation="eager"))
     batches = bucketed(rng, [len(x) for x in data], 64)
 
     def loss():
-        ids, labels = torch.nn.utils.rnn.pad_sequence([data[i] for i in next(batches)], True, padding_value=-100).unbind(-1)
+        rows = pad_sequence([data[i] for i in next(batches)], True, padding_value=IGNORE)
+        ids, labels = rows.unbind(-1)
         hidden = model.model(input_ids=ids.clamp(min=0), use_cache=False).last_hidden_state[:, :-1]
-        at = labels[:, 1:] != -100
+        at = labels[:, 1:] != IGNORE
         return {"text": F.cross_entropy(model.lm_head(hidden[at]).float(), labels[:, 1:][at])}
-    fit("qwen2", model, loss, cfg.qwen2_steps)
-    right, count = Counter(), Counter()
-    for _ in range(cfg.figures):
-        turns = world.dialogue(rng, "test")
-        prompt = tokenizer.apply_chat_template(chat(turns)[:-1], tokenize=False, add_generation_prompt=True)
-        x = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        out = model.generate(x, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end)[0, x.shape[1]:]
-        count[turns[-1]["topic"]] += 1
-        right[turns[-1]["topic"]] += tokenizer.decode(out, skip_special_tokens=True) == turns[-1]["assistant"]
-    say(f"qwen2: exact answers to unseen typed questions: {100 * right.total() / count.total():.1f} %  ("
-          + ", ".join(f"{t} {100 * right[t] / n:.0f}" for t, n in count.items()) + ")")
+
+    fit(cfg, "qwen2", model, loss, cfg.qwen2_steps)
+    measure_qwen2(cfg, rng, model, tokenizer)
     model.half().save_pretrained(f"{cfg.out_dir}/qwen2.tmp")
     tokenizer.save_pretrained(f"{cfg.out_dir}/qwen2.tmp")
     replace_folder(f"{cfg.out_dir}/qwen2.tmp", f"{cfg.out_dir}/qwen2")
 
 
-if __name__ == "__main__":
+def measure_qwen2(cfg, rng, model, tokenizer):
+    """How many unseen questions are answered exactly, by topic, when the last turn of a dialogue is asked."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    right, count = Counter(), Counter()
+    for _ in range(cfg.figures):
+        turns = dialogue(rng, "test")
+        x = tokenizer(prompt_of(tokenizer, turns), return_tensors="pt")["input_ids"]
+        out = model.generate(x, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end)
+        reply = tokenizer.decode(out[0, x.shape[1]:], skip_special_tokens=True)
+        topic = turns[-1]["topic"]
+        count[topic] += 1
+        right[topic] += reply == turns[-1]["assistant"]
+    share = 100 * right.total() / count.total()
+    topics = ", ".join(f"{topic} {100 * right[topic] / n:.0f}" for topic, n in count.items())
+    log(cfg, f"qwen2: exact answers to unseen typed questions: {share:.1f} %  ({topics})")
+
+
+# ----------------------------------------------------------------------------------------------------- main
+
+def main():
     cfg = configure(BackbonesConfig)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    for part, file, train in (("qwen2", "qwen2", train_qwen2), ("codec", "codec.pt", train_codec),
-                              ("whisper", "whisper.pt", train_whisper)):
+    for part, file in (("qwen2", "qwen2"), ("codec", "codec.pt"), ("whisper", "whisper.pt")):
         if part not in cfg.parts:
             continue
         if os.path.exists(f"{cfg.out_dir}/{file}"):
-            say(f"{part}: {cfg.out_dir}/{file} is there already")
+            log(cfg, f"{part}: {cfg.out_dir}/{file} is there already")
             continue
         start, rng = time.time(), random.Random(f"{cfg.seed} {part}")
-        if part == "whisper":
-            train(cfg, rng, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
+        if part == "qwen2":
+            train_qwen2(cfg, rng)
+        elif part == "codec":
+            train_codec(cfg, rng)
         else:
-            train(cfg, rng)
-        say(f"{part}: {time.time() - start:.0f} s")
+            train_whisper(cfg, rng, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
+        log(cfg, f"{part}: {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,42 +1,38 @@
 """
-The embedded world: what people say in it, and the synthesiser that says it.
+The embedded world: what people say in it.
 
-Why: a spoken chatbot needs dialogues, speech and three pretrained backbones, and none of them may be downloaded
-here. So this file makes a world that is small enough to be learned on two CPU cores and still needs every part of
-the system: ears (many voices and accents), knowledge (capitals, opposites, sums ...), memory ("what is my name?")
-and a mouth (one fixed assistant voice).
+Why: a spoken chatbot needs dialogues, speech and three pretrained backbones, and the demo downloads none of
+them. So this file makes a world that is small enough to be learned on two CPU cores and still needs every
+part of the system: ears (many voices and accents), knowledge (capitals, opposites, sums ...), memory ("what
+is my name?") and a mouth (one fixed assistant voice). omni/espeak.py speaks it.
 
-How: `dialogue(rng, split)` draws a dialogue; `speak(text, voice)` says a sentence with espeak-ng, called through
-ctypes from the wheel `espeakng-loader`, so nothing has to be installed as root.
+How: `dialogue(rng, split)` draws a dialogue, `dialogues(seed, counts)` draws those of a corpus.
 
-What "held out" means. Every question sentence is hashed into train, validation or test, and a dialogue of a split
-holds only sentences of that split (greetings, and questions about an earlier turn such as "What is my name?", are
-shared; there the earlier statement is the held-out sentence). Every voice belongs to one split too. So a test
-dialogue asks what was never asked in training, in a voice that was never heard.
+What "held out" means: every question sentence is hashed into train, validation or test, and a dialogue of a
+split holds only sentences of that split. Greetings, and questions about an earlier turn such as "What is my
+name?", are shared; there the earlier statement is the held-out sentence. Every voice belongs to one split
+too. So a test dialogue asks what was never asked in training, in a voice that was never heard.
 """
-import ctypes
-import functools
 import hashlib
+import random
 
-import librosa
 import numpy as np
 
-SAMPLE_RATE = 16000                                   # Hz, of everything that `speak` returns
-SPLITS = ("train", "validation", "test")
+from omni.espeak import draw_voice
 
-# ------------------------------------------------------------------------------------------------ knowledge
+# -------------------------------------------------------------------------------------------------- knowledge
 
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-           "seventeen eighteen").split()
+NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+           "sixteen seventeen eighteen").split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "England": "London",
             "Japan": "Tokyo", "China": "Beijing", "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens",
-            "Portugal": "Lisbon", "Austria": "Vienna", "Norway": "Oslo", "Poland": "Warsaw", "Kenya": "Nairobi",
-            "Ireland": "Dublin"}
-OPPOSITES = [("hot", "cold"), ("big", "small"), ("left", "right"), ("old", "young"), ("happy", "sad"), ("open", "closed"),
-             ("light", "dark"), ("hard", "soft"), ("rich", "poor"), ("early", "late"), ("strong", "weak"),
-             ("clean", "dirty")]
+            "Portugal": "Lisbon", "Austria": "Vienna", "Norway": "Oslo", "Poland": "Warsaw",
+            "Kenya": "Nairobi", "Ireland": "Dublin"}
+OPPOSITES = [("hot", "cold"), ("big", "small"), ("left", "right"), ("old", "young"), ("happy", "sad"),
+             ("open", "closed"), ("light", "dark"), ("hard", "soft"), ("rich", "poor"), ("early", "late"),
+             ("strong", "weak"), ("clean", "dirty")]
 OPPOSITE = dict(OPPOSITES + [(b, a) for a, b in OPPOSITES])
 COLORS = {"banana": "yellow", "lemon": "yellow", "tomato": "red", "cherry": "red", "carrot": "orange",
           "pumpkin": "orange", "frog": "green", "leaf": "green", "cucumber": "green", "snowman": "white",
@@ -45,10 +41,11 @@ COLORS = {"banana": "yellow", "lemon": "yellow", "tomato": "red", "cherry": "red
 KINDS = {"animal": "frog swan elephant dolphin bear mouse cat dog sheep horse whale rabbit".split(),
          "fruit": "banana lemon cherry plum blueberry mango peach".split(),
          "vegetable": "carrot potato cucumber pumpkin cabbage".split(),
-         "city": list(CAPITALS.values()), "country": list(CAPITALS), "month": MONTHS, "color": sorted(set(COLORS.values()))}
+         "city": list(CAPITALS.values()), "country": list(CAPITALS), "month": MONTHS,
+         "color": sorted(set(COLORS.values()))}
 SIZES = "mouse frog cat dog sheep horse elephant whale".split()       # from small to big
-NAMES = ("Anna Peter Maria Thomas Julia David Laura Simon Emma Martin Alice Robert Nina Oscar Clara Henry Susan George "
-         "Lisa Daniel").split()
+NAMES = ("Anna Peter Maria Thomas Julia David Laura Simon Emma Martin Alice Robert Nina Oscar Clara Henry "
+         "Susan George Lisa Daniel").split()
 FOODS = "bread cheese pizza soup rice pasta chocolate salad honey butter".split()
 PETS = "cat dog rabbit horse mouse frog".split()
 MOODS = "happy sad hungry angry busy sleepy strong young clean".split()            # for "repeat after me"
@@ -80,18 +77,18 @@ def capitals(rng, memory):
     country = rng.choice(list(CAPITALS))
     city = CAPITALS[country]
     if rng.random() < 0.7:
-        q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}.", "Do you know the capital of {}?",
-                        "Which city is the capital of {}?"])
+        q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}.",
+                        "Do you know the capital of {}?", "Which city is the capital of {}?"])
         return q.format(country), f"The capital of {country} is {city}.", city
-    q = rng.choice(["{} is the capital of which country?", "In which country is {}?", "Where is the city of {}?",
-                    "Which country has the city of {}?"])
+    q = rng.choice(["{} is the capital of which country?", "In which country is {}?",
+                    "Where is the city of {}?", "Which country has the city of {}?"])
     return q.format(city), f"{city} is in {country}.", country
 
 
 def opposites(rng, memory):
     word = rng.choice(list(OPPOSITE))
-    q = rng.choice(["What is the opposite of {}?", "Tell me the opposite of {}.", "Which word is the opposite of {}?",
-                    "What do you call the opposite of {}?"])
+    q = rng.choice(["What is the opposite of {}?", "Tell me the opposite of {}.",
+                    "Which word is the opposite of {}?", "What do you call the opposite of {}?"])
     return q.format(word), f"The opposite of {word} is {OPPOSITE[word]}.", OPPOSITE[word]
 
 
@@ -115,7 +112,8 @@ def kinds(rng, memory):
     kind = rng.choice(["animal", "fruit", "vegetable", "city", "country", "month", "color"])
     thing = rng.choice(KINDS[kind])
     name = a(thing) if kind in ("animal", "fruit", "vegetable") else thing
-    q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is.", "Do you know what {} is?"])
+    q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is.",
+                    "Do you know what {} is?"])
     return q.format(name), f"{cap(name)} is {a(kind)}.", kind
 
 
@@ -133,10 +131,13 @@ def counting(rng, memory):
 def comparing(rng, memory):
     x, y = rng.sample(range(len(SIZES)), 2)
     word = rng.choice(["bigger", "smaller"])
-    winner, loser = (x, y) if (x > y) == (word == "bigger") else (y, x)
+    if (x > y) == (word == "bigger"):
+        winner, loser = SIZES[x], SIZES[y]
+    else:
+        winner, loser = SIZES[y], SIZES[x]
     q = rng.choice(["Which is {}, {} or {}?", "What is {}, {} or {}?", "Tell me which is {}, {} or {}."])
-    return (q.format(word, a(SIZES[x]), a(SIZES[y])), f"{cap(a(SIZES[winner]))} is {word} than {a(SIZES[loser])}.",
-            f"{SIZES[winner]} is {word}")
+    question = q.format(word, a(SIZES[x]), a(SIZES[y]))
+    return question, f"{cap(a(winner))} is {word} than {a(loser)}.", f"{winner} is {word}"
 
 
 def repeating(rng, memory):
@@ -146,22 +147,44 @@ def repeating(rng, memory):
     return q.format(said), f"{cap(said)}.", said
 
 
-MEMORY = {                                            # what is told -> (values, ways to tell it, reply, ways to ask, answer)
-    "name": (NAMES, ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}.", "People call me {}.",
-                     "Good morning, I am {}.", "Please call me {}.", "Hello, I am {}."],
-             "Nice to meet you, {}.", ["What is my name?", "Do you remember my name?", "Who am I?"], "Your name is {}."),
-    "color": (KINDS["color"], ["My favorite color is {}.", "I like the color {}.", "The color that I love is {}.", "My house is {}.",
-                               "My coat is {}.", "I love the color {}.", "The color of my house is {}.", "The color that I like is {}."],
-              "I like {} too.", ["What is my favorite color?", "Which color do I like?"], "Your favorite color is {}."),
-    "food": (FOODS, ["I love to eat {}.", "My favorite food is {}.", "I like {} for dinner.", "I eat a lot of {}.",
-                     "Give me some {}, please.", "I like to eat {}.", "My dinner is {}.", "I love {} for dinner."],
-             "I hope you get some {} today.", ["What is my favorite food?", "What do I like to eat?"], "You like to eat {}."),
-    "city": (list(CAPITALS.values()), ["I live in {}.", "My home is in {}.", "I come from {}.", "I have a house in {}.",
-                                       "I am from {}.", "My house is in {}.", "My friend and I live in {}.", "I have a home in {}."],
-             "{} is a lovely city.", ["Where do I live?", "Which city do I live in?"], "You live in {}."),
-    "pet": (PETS, ["I have a {}.", "My pet is a {}.", "At home I have a {}.", "There is a {} in my house.", "My friend gave me a {}.",
-                   "In my house I have a {}.", "Hello, I have a {}.", "My friend is a {}."],
-            "How good to have a {} at home.", ["Which pet do I have?", "What animal do I have?"], "You have a {}."),
+# what is told -> (values, ways to tell it, reply, ways to ask for it, answer)
+MEMORY = {
+    "name": (
+        NAMES,
+        ["My name is {}.", "Hello, my name is {}.", "I am {}.", "You can call me {}.", "People call me {}.",
+         "Good morning, I am {}.", "Please call me {}.", "Hello, I am {}."],
+        "Nice to meet you, {}.",
+        ["What is my name?", "Do you remember my name?", "Who am I?"],
+        "Your name is {}."),
+    "color": (
+        KINDS["color"],
+        ["My favorite color is {}.", "I like the color {}.", "The color that I love is {}.",
+         "My house is {}.", "My coat is {}.", "I love the color {}.", "The color of my house is {}.",
+         "The color that I like is {}."],
+        "I like {} too.",
+        ["What is my favorite color?", "Which color do I like?"],
+        "Your favorite color is {}."),
+    "food": (
+        FOODS,
+        ["I love to eat {}.", "My favorite food is {}.", "I like {} for dinner.", "I eat a lot of {}.",
+         "Give me some {}, please.", "I like to eat {}.", "My dinner is {}.", "I love {} for dinner."],
+        "I hope you get some {} today.",
+        ["What is my favorite food?", "What do I like to eat?"],
+        "You like to eat {}."),
+    "city": (
+        list(CAPITALS.values()),
+        ["I live in {}.", "My home is in {}.", "I come from {}.", "I have a house in {}.", "I am from {}.",
+         "My house is in {}.", "My friend and I live in {}.", "I have a home in {}."],
+        "{} is a lovely city.",
+        ["Where do I live?", "Which city do I live in?"],
+        "You live in {}."),
+    "pet": (
+        PETS,
+        ["I have a {}.", "My pet is a {}.", "At home I have a {}.", "There is a {} in my house.",
+         "My friend gave me a {}.", "In my house I have a {}.", "Hello, I have a {}.", "My friend is a {}."],
+        "How good to have a {} at home.",
+        ["Which pet do I have?", "What animal do I have?"],
+        "You have a {}."),
 }
 
 
@@ -179,23 +202,31 @@ def recalling(rng, memory):
 
 
 def manners(rng, memory):
-    return rng.choice([("Hello.", "Hello, how can I help you?", "help"), ("Good morning.", "Good morning to you.", "morning"),
-                       ("How are you?", "I am fine, thank you.", "fine"), ("Thank you.", "You are welcome.", "welcome"),
-                       ("Who are you?", "I am a small computer that can talk.", "computer"),
-                       ("What can you do?", "I can count, compare and remember what you tell me.", "remember"),
-                       ("Tell me a joke.", "What has four legs and can not walk? A table.", "table"),
-                       ("Good night.", "Good night, sleep well.", "sleep"),
-                       ("Goodbye.", "Goodbye, see you soon.", "goodbye")])
+    return rng.choice([
+        ("Hello.", "Hello, how can I help you?", "help"),
+        ("Good morning.", "Good morning to you.", "morning"),
+        ("How are you?", "I am fine, thank you.", "fine"),
+        ("Thank you.", "You are welcome.", "welcome"),
+        ("Who are you?", "I am a small computer that can talk.", "computer"),
+        ("What can you do?", "I can count, compare and remember what you tell me.", "remember"),
+        ("Tell me a joke.", "What has four legs and can not walk? A table.", "table"),
+        ("Good night.", "Good night, sleep well.", "sleep"),
+        ("Goodbye.", "Goodbye, see you soon.", "goodbye"),
+    ])
 
 
-TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 12, comparing: 12,
-          repeating: 10, telling: 22, manners: 4}      # topic -> weight
+TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 12,
+          comparing: 12, repeating: 10, telling: 22, manners: 4}      # topic -> weight
 
 
 def split_of(sentence):
     """The split that a question sentence belongs to: 80 % train, 5 % validation, 15 % test, by its hash."""
-    h = hashlib.sha256(sentence.encode()).digest()[0] / 256
-    return "train" if h < 0.80 else "validation" if h < 0.85 else "test"
+    share = hashlib.sha256(sentence.encode()).digest()[0] / 256          # from 0 to 1
+    if share < 0.80:
+        return "train"
+    if share < 0.85:
+        return "validation"
+    return "test"
 
 
 def dialogue(rng, split):
@@ -225,81 +256,31 @@ def dialogue(rng, split):
     return turns
 
 
-# ---------------------------------------------------------------------------------------------------- voices
+def dialogues(seed, counts):
+    """Yield the dialogues of a corpus, in the form that omni/corpus.py makes rows of.
 
-ACCENTS = ["en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "en-us-nyc"]
-UNSEEN_ACCENT = "en-gb-x-gbcwmd"                      # in no split: for testing the recogniser only
-VARIANTS = {
-    "train": "Alex Alicia Andy Annie Denis Diogo Henrique Hugo Jacky Lee Marco Mario Michael Mike Nguyen Reed aunty "
-             "belinda benjamin boris caleb david ed f1 f3 f5 grandma grandpa gustave ian iven iven3 john "
-             "kaukovalta klatt klatt3 klatt6 m1 m2 m3 m4 m5 m6 m8 marcelo max michel miguel norbert pablo pedro quincy "
-             "rob robert sandro shelby steph2 travis victor zac".split(),
-    "validation": "Andrea edward2 iven2 mike2".split(),
-    "test": "adam linda Gene steph paul f4 m7 antonio anika klatt4".split(),
-}
-ASSISTANT = "en-us+edward:165:50"                     # the one voice of every reply: accent+variant:words/min:pitch
+    counts   {split: number of dialogues}
 
-
-def draw_voice(rng, split, accents=ACCENTS):
-    """A random user voice "accent+variant:rate:pitch" of a split (130 to 190 words a minute, pitch 25 to 75 of 99)."""
-    return f"{rng.choice(accents)}+{rng.choice(VARIANTS[split])}:{rng.randint(130, 190)}:{rng.randint(25, 75)}"
-
-
-class _Event(ctypes.Structure):                       # espeak_EVENT of speak_lib.h
-    _fields_ = [("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
-                ("length", ctypes.c_int), ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
-
-
-_SYNCHRONOUS, _PHONEME_EVENTS, _UTF8, _RATE, _PITCH, _PHONEME = 2, 1, 1, 1, 3, 7
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
-_chunks, _phonemes = [], []
-
-
-@_CALLBACK
-def _collect(samples, count, events):
-    if samples and count:
-        _chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-    i = 0
-    while events[i].type:
-        if events[i].type == _PHONEME:
-            _phonemes.append((events[i].sample, events[i].id.decode("utf-8", "replace")))
-        i += 1
-    return 0
-
-
-@functools.cache
-def _espeak():
-    import espeakng_loader
-    lib = ctypes.CDLL(espeakng_loader.get_library_path())
-    rate = lib.espeak_Initialize(_SYNCHRONOUS, 0, espeakng_loader.get_data_path().encode(), _PHONEME_EVENTS)
-    if rate <= 0:
-        raise RuntimeError("espeak-ng did not start: reinstall the package espeakng-loader")
-    lib.espeak_SetSynthCallback(_collect)
-    return lib, rate
-
-
-def speak(text, voice, phonemes=False):
-    """Say `text` with espeak-ng. Not thread-safe (espeak-ng has one global state): use processes.
-
-    voice    "accent+variant:rate:pitch", such as ASSISTANT
-    Returns  float32 (samples,), 16 kHz, within [-1, 1]; with phonemes=True also [(second, phoneme name), ...].
-    Raises   ValueError for an accent that espeak-ng does not know, or a text that makes no sound.
+    No split holds a question of another. Dialogues of a split differ, except that the shortest run out of
+    texts: one repetition in ten is let through, and another voice says it.
     """
-    lib, rate = _espeak()
-    name, *numbers = voice.split(":")
-    if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
-        raise ValueError(f"voice {voice!r} is not of the form accent+variant:rate:pitch, such as {ASSISTANT}")
-    wpm, pitch = numbers
-    if lib.espeak_SetVoiceByName(name.encode()) != 0:
-        raise ValueError(f"espeak-ng has no voice {name!r}")
-    lib.espeak_SetParameter(_RATE, int(wpm), 0)       # set at every call: the state outlives a call
-    lib.espeak_SetParameter(_PITCH, int(pitch), 0)
-    _chunks.clear(), _phonemes.clear()
-    data = text.encode()
-    lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
-    if not _chunks:
-        raise ValueError(f"espeak-ng made no sound of {text!r}")
-    wav = np.concatenate(_chunks).astype(np.float32) / 32768
-    wav = librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE)
-    return (wav, [(s / rate, p) for s, p in _phonemes]) if phonemes else wav
+    for split, count in counts.items():
+        rng = random.Random(f"{seed} {split}")
+        seen = set()
+        n = 0
+        while n < count:
+            turns = dialogue(rng, split)
+            key = tuple(turn["user"] for turn in turns)
+            if key in seen and rng.random() < 0.9:
+                continue
+            seen.add(key)
+            yield {
+                "id": f"{split}-{n:06d}",
+                "split": split,
+                "voice": draw_voice(rng, split),
+                "topics": [turn["topic"] for turn in turns],
+                "users": [turn["user"] for turn in turns],
+                "replies": [turn["assistant"] for turn in turns],
+                "answers": [turn["answer"] for turn in turns],
+            }
+            n += 1

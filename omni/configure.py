@@ -1,6 +1,7 @@
 """
-The one config mechanism. A day of training with a misspelled key is a day lost, so every knob passes one gate:
-the key exists, its type fits, nobody sets it twice, and a mistake costs one clear line, never a traceback.
+The one config mechanism. A day of training with a misspelled key is a day lost, so every knob passes one
+gate: the key exists, its type fits, nobody sets it twice, and a mistake costs one clear line, never a
+traceback.
 
     @dataclass(frozen=True)
     class Config:
@@ -8,23 +9,37 @@ the key exists, its type fits, nobody sets it twice, and a mistake costs one cle
 
     cfg = configure(Config)  # python train.py config/tiny.py --lr 1e-3 --steps=100 --resume
 
-The dataclass is the list of knobs. A config file has Python syntax but is parsed and never executed: a config from
-a stranger is data, not code. Later files win over earlier ones, and the command line over all files.
+The dataclass is the list of knobs. A config file has Python syntax but is parsed and never executed: a config
+from a stranger is data, not code. Later files win over earlier ones, and the command line over all files.
 """
-import ast, difflib, inspect, io, math, operator, os, reprlib, sys, textwrap, tokenize, typing
+import ast
+import difflib
+import inspect
+import io
+import math
+import operator
+import os
+import reprlib
+import sys
+import textwrap
+import tokenize
+import typing
 from dataclasses import fields
 
 # The types a field may have, each also as `X | None`, and how an error describes a value that would do.
 FORMS = {int: "a whole number like 1000", float: "a finite number like 3e-4", bool: "True or False",
-         str: "a text in quotes", tuple[int, ...]: "whole numbers like 2,3", tuple[str, ...]: "texts like 'a','b'"}
+         str: "a text in quotes", tuple[int, ...]: "whole numbers like 2,3",
+         tuple[str, ...]: "texts like 'a','b'"}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 
 def fail(message) -> typing.NoReturn:
-    """Print `error: <message>` as one line on stderr and exit with code 2: how every script refuses bad input."""
-    sys.stderr.write(f"error: {' '.join(str(message).splitlines())}\n")       # at once, or those of two processes mix
+    """Print `error: <message>` as one line on stderr and exit with code 2: how every script refuses bad
+    input."""
+    line = " ".join(str(message).splitlines())
+    sys.stderr.write(f"error: {line}\n")              # one write, or the lines of two processes mix
     raise SystemExit(2)
 
 
@@ -34,7 +49,8 @@ def did_you_mean(word, known, otherwise):
 
 
 def evaluate(node, names):
-    """The value of one expression, given the file's earlier assignments; ValueError for what a config may not hold."""
+    """The value of one expression, given the file's earlier assignments; ValueError for what a config may not
+    hold."""
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None):
             result = node.value
@@ -50,7 +66,8 @@ def evaluate(node, names):
         case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
             result = calculate(type(op), evaluate(left, names), evaluate(right, names))
         case _:
-            raise ValueError(f"`{ast.unparse(node)[:60]}` is not allowed; write a literal, arithmetic or earlier name")
+            raise ValueError(f"`{ast.unparse(node)[:60]}` is not allowed; write a literal, arithmetic or "
+                             "earlier name")
     if isinstance(result, int) and abs(result) > 2**64 or isinstance(result, str) and len(result) > 10_000:
         raise ValueError("value too large; numbers stay within 2 ** 64 and texts within 10,000 characters")
     return result
@@ -60,8 +77,9 @@ def calculate(op, a, b):
     """a op b on two numbers, or + on two strings."""
     numbers = {type(a), type(b)} <= {int, float}  # not bool
     if not numbers and not (op is ast.Add and type(a) is type(b) is str):
-        raise ValueError(f"arithmetic wants two numbers (or text + text), not {reprlib.repr(a)} and {reprlib.repr(b)}")
-    if op is ast.Pow and type(a) is type(b) is int and abs(a) > 1 and b > 64:  # 9 ** 9 ** 9 would never return
+        raise ValueError(f"arithmetic wants two numbers (or text + text), not {reprlib.repr(a)} and "
+                         f"{reprlib.repr(b)}")
+    if op is ast.Pow and type(a) is type(b) is int and abs(a) > 1 and b > 64:    # 9 ** 9 ** 9 never returns
         raise ValueError("power too large; numbers stay within 2 ** 64")
     try:
         return OPERATORS[op](a, b)
@@ -70,7 +88,8 @@ def calculate(op, a, b):
 
 
 def read_file(path):
-    """Yield (key, value, "path:line") for each assignment of a config file; names that begin with _ are helpers."""
+    """Yield (key, value, "path:line") for each assignment of a config file; names that begin with _ are
+    helpers."""
     if not path.endswith(".py"):
         fail(f"{path!r} is not a config file; write path.py, --key value or --key=value")
     try:
@@ -104,7 +123,8 @@ def read_file(path):
 
 
 def read_command_line(argv, kinds):
-    """The config file paths, and {key: value}; a value that does not parse stays text, for gate() to refuse."""
+    """The config file paths, and {key: value}; a value that does not parse stays text, for gate() to
+    refuse."""
     paths, given = [], {}
     while argv:
         word = argv.pop(0)
@@ -156,7 +176,9 @@ def gate(key, value, where, kinds):
 def fits(value, kind):
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and all(fits(v, typing.get_args(kind)[0]) for v in value)
-    return type(value) is kind and (kind is not float or math.isfinite(value))  # not isinstance: True is no int here
+    if type(value) is not kind:                       # not isinstance: True is not an int here
+        return False
+    return kind is not float or math.isfinite(value)
 
 
 def kind_of(annotation):
@@ -164,7 +186,7 @@ def kind_of(annotation):
     for kind in FORMS:
         if annotation in (kind, kind | None):
             return kind, annotation != kind
-    raise TypeError(f"configure() has no rule for a field of type {annotation}")  # for the author of the dataclass
+    raise TypeError(f"configure() has no rule for a field of type {annotation}")  # for the dataclass's author
 
 
 def comments(Config):
@@ -186,15 +208,19 @@ def print_table(rows):
 
 
 def configure(Config, argv=None, show=True):
-    """A Config made of its defaults, then the config files in order, then --key value; prints where each came from."""
+    """A Config made of its defaults, then the config files in order, then --key value; prints where each came
+    from."""
     argv = list(sys.argv[1:] if argv is None else argv)
     annotations = typing.get_type_hints(Config)
     kinds = {f.name: kind_of(annotations[f.name]) for f in fields(Config)}
     if "-h" in argv or "--help" in argv:
         print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""), end="\n\n")
         notes = comments(Config)
-        print_table([(f.name, inspect.formatannotation(annotations[f.name]), repr(f.default), notes.get(f.name, ""))
-                     for f in fields(Config)])
+        rows = []
+        for f in fields(Config):
+            kind = inspect.formatannotation(annotations[f.name])
+            rows.append((f.name, kind, repr(f.default), notes.get(f.name, "")))
+        print_table(rows)
         raise SystemExit(0)
     paths, given = read_command_line(argv, kinds)
     values, origin = {}, {}

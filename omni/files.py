@@ -1,0 +1,64 @@
+"""
+Files that appear whole or not at all.
+
+A run is killed, a disk is full, the power fails: whatever is on the disk afterwards must be complete or
+absent. So everything is written under a temporary name and renamed, and a checkpoint is flushed to the disk
+first.
+"""
+import hashlib
+import json
+import os
+import shutil
+
+import torch
+
+
+def read_json(folder, name):
+    """The dict in a JSON file; empty if there is no such file."""
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def read_tensors(path):
+    """What a file that torch.save wrote holds; nothing in it is executed. Raises FileNotFoundError, or
+    RuntimeError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:                            # other files can raise anything, with misleading advice
+        raise RuntimeError(f"{path} is not a file of tensors, or it is damaged ({type(e).__name__}); "
+                           "copy or download it again") from e
+
+
+def sha256(path):
+    """Hash of a file, as hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def flush(path):
+    """Force a file or folder to the disk, so that it is there after a power cut."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
+def replace_file(path, text):
+    """Write a text file, whole or not at all."""
+    with open(f"{path}.{os.getpid()}.tmp", "w") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def replace_folder(tmp, folder):
+    """Rename folder `tmp` to `folder`; what stood there is deleted only after the new one is in place."""
+    old = folder.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.replace(folder, old)
+    os.replace(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
