@@ -241,13 +241,17 @@ class SpeechGenerator(nn.Module):
         D = config.hidden_size
         self.model = Qwen2ForCausalLM(config)
         self.model.lm_head = nn.utils.skip_init(Head, D, config.vocab_size, bias=False)
-        self.model.lm_head.weight = self.model.model.embed_tokens.weight              # tied, always
         self.input_proj = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(),
                                         nn.Linear(2 * hidden_size, D))
         self.gate = nn.Sequential(nn.Linear(2 * D, D), nn.Sigmoid())
         self.eos = config.eos_token_id
         self.unit_offset = config.vocab_size - UNIT_VOCAB                             # the id of unit 0
         self.sep = self.unit_offset - 1
+        self.tie()
+
+    def tie(self):
+        """Make the head and the embedding one tensor, always."""
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight
 
     def embed(self, ids):
         return self.model.model.embed_tokens(ids)
@@ -294,7 +298,8 @@ class Omni(nn.Module):
         return self.config.get("pad_audio", True)
 
     def tie(self):
-        """Make the LLM's head and its embedding one tensor, if the config says so."""
+        """Make heads and embeddings one tensor each: the speech LM's, and the LLM's if the config says so."""
+        self.speech_generator.tie()
         if self.config["tie_word_embeddings"]:
             self.lm_head.weight = self.model.embed_tokens.weight
 

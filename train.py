@@ -13,6 +13,7 @@ How: accelerate launch train.py config/tiny_stage1.py    then tiny_stage1_tts.py
 A run writes into out_dir: step-N/ (checkpoints), samples/ (what the model says at each validation), the
 tracker's curves, and at the end final/, the whole model in the released layout.
 """
+import itertools
 import math
 import os
 import random
@@ -278,8 +279,8 @@ if main:
     accelerator.init_trackers("nanoOmni", config={key: str(value) for key, value in asdict(cfg).items()})
 bar = tqdm(total=max_steps, initial=run.step, desc=cfg.stage, unit="step", disable=None if main else True,
            mininterval=1, dynamic_ncols=True)
-groups = (rows for step in range(run.step, max_steps) for rows in plan(step))
-micro_batches = batches(train_set, groups, cfg.workers)
+plans, plans_ahead = itertools.tee(plan(step) for step in range(run.step, max_steps))     # workers run ahead
+micro_batches = batches(train_set, itertools.chain.from_iterable(plans_ahead), cfg.workers)
 window = torch.zeros(3, device=device)                # loss, targets, right since the last log line
 if run.last:
     before = run.resume_rng()                         # last: nothing may draw before the loop
@@ -289,9 +290,8 @@ omni.train()
 while step < max_steps and not (cfg.patience and run.validations_since_best() >= cfg.patience):
     # the step's batches, and how many targets all processes have in them
     began, problem = time.time(), None
-    rows_of_step = plan(step)
     try:
-        micro = [to_device(next(micro_batches)) for _ in rows_of_step]
+        micro = [to_device(next(micro_batches)) for _ in next(plans)]
     except ValueError as e:
         micro, problem = [], e
     waited += time.time() - began

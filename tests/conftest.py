@@ -1,5 +1,5 @@
-"""What several tests share: a tiny checkpoint with random weights, made-up dialogues, and a micro corpus for the tests
-that run the real commands."""
+"""What several tests share: a tiny checkpoint with random weights, made-up dialogues, and a micro corpus for
+the tests that run the real commands."""
 import os
 import random
 import subprocess
@@ -15,7 +15,7 @@ import torch
 
 from data import Dialogues
 from omni import checkpoint
-from omni.audio import wav_bytes
+from omni.audio import SAMPLE_RATE, UNIT_VOCAB, wav_bytes
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "llama_omni2"
@@ -27,17 +27,23 @@ def load(folder=CHECKPOINT / "checkpoint"):
 
 
 def dialogue(seconds, replies, units, seed=0):
-    """A row of the corpus. The clips are noise of so many seconds; `units` is how many each reply has."""
+    """A row of the corpus.
+
+    seconds  how long each clip lasts; it is noise
+    replies  the texts;  units: how many each reply has
+    """
     rng, draw = np.random.default_rng(seed), random.Random(seed)
+    samples = [int(SAMPLE_RATE * s) for s in seconds]
     return {"id": f"row-{seed}", "users": ["?"] * len(replies), "replies": replies,
-            "speech": [{"bytes": wav_bytes(0.1 * rng.standard_normal(int(16000 * s)))} for s in seconds],
-            "samples": [int(16000 * s) for s in seconds],
-            "units": [[draw.randrange(6561) for _ in range(n)] for n in units]}
+            "speech": [{"bytes": wav_bytes(0.1 * rng.standard_normal(n))} for n in samples],
+            "samples": samples,
+            "units": [[draw.randrange(UNIT_VOCAB) for _ in range(n)] for n in units]}
 
 
-ROWS = [dialogue([1.0], ["Paris is nice."], [45], 1),          # one turn; every reply's last block is another one
-        dialogue([0.79, 1.33], ["Hi there.", "It is five, I think."], [9, 60], 2),
-        dialogue([0.4, 0.2, 0.95], ["Yes.", "No.", "Two and two is four."], [30, 12, 71], 3)]
+ROWS = [                              # one, two and three turns; each reply ends in another kind of block
+    dialogue([1.0], ["Paris is nice."], [45], 1),
+    dialogue([0.79, 1.33], ["Hi there.", "It is five, I think."], [9, 60], 2),
+    dialogue([0.4, 0.2, 0.95], ["Yes.", "No.", "Two and two is four."], [30, 12, 71], 3)]
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +62,9 @@ def items(tiny):
 
 
 def run(*command, code=0, **more):
-    """Run a command in the repository; return what it printed."""
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+    """Run a command in the repository, expecting exit code `code` -> what it printed."""
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          **more)
     assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
@@ -74,5 +81,6 @@ def world(tmp_path_factory):
 def train_arguments(at, stage, out_dir, **more):
     """What follows `train.py` on the command line, in a micro world; more: {"--key": value}."""
     options = {"--corpus": at / "corpus", "--out_dir": at / out_dir, "--llm": at / "tiny/qwen2",
-               "--speech_lm": at / "tiny/qwen2", "--whisper": at / "tiny/whisper.pt", "--batch_size": 8} | more
+               "--speech_lm": at / "tiny/qwen2", "--whisper": at / "tiny/whisper.pt",
+               "--batch_size": 8} | more
     return [f"config/tiny_{stage}.py", *(str(x) for pair in options.items() for x in pair)]
