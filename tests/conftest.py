@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Threads that wait sleep instead of spinning: on two cores, beside other jobs, tests take a fifth of the time.
+# Threads that wait sleep instead of spinning: on two cores, beside other jobs, tests take a fifth of the
+# time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")   # before torch is imported; commands inherit it
 
 import numpy as np

@@ -4,7 +4,6 @@ with other weights, from files in other spellings."""
 import json
 import math
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import soundfile
 import torch
 import whisper
+from conftest import ROOT, run
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +23,6 @@ from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2, HiFT, fbank, onnx_session
 from tiny.codec import NanoCodec
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DECODER_DIR", Path(__file__).parent / "data" / "cosyvoice2_decoder"))
 DIMS = json.loads((GOLDEN / "dims.json").read_text())
 HEAD_DIM = DIMS["estimator"]["attention_head_dim"]
@@ -521,13 +520,6 @@ def test_what_is_missing_is_named(codec, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------- the real commands
 
-def run(*words, code=0):
-    words = [sys.executable, *map(str, words)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stderr if code else done.stdout
-
-
 def test_the_real_commands_with_a_folder(voice, tmp_path):
     """data.py needs only the folder's tokenizer; sample.py and eval.py need a voice and say so. A corpus of
     one's own has no answers to look for, and any text may name a dialogue."""
@@ -539,21 +531,22 @@ def test_the_real_commands_with_a_folder(voice, tmp_path):
     row = {"speech": "q.wav", "replies": "It is a question.", "reply_speech": "q.wav"}
     rows = [json.dumps({"id": f"../{i}"} | row) for i in range(12)]
     (tmp_path / "dialogues.jsonl").write_text("\n".join(rows))
-    run("data.py", "config/data_folder.py", "--path", tmp_path / "dialogues.jsonl", "--audio_root", tmp_path,
-        "--codec", folder, "--held_out", 0.3, "--processes", 1, "--out_dir", corpus)
+    run(sys.executable, "data.py", "config/data_folder.py", "--path", tmp_path / "dialogues.jsonl",
+        "--audio_root", tmp_path, "--codec", folder, "--held_out", 0.3, "--processes", 1, "--out_dir", corpus)
     assert [u % 1000 for u in load_corpus(str(corpus), "train")[0]["units"][0]] == [*range(38)]
 
     omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
     checkpoint.save(omni, str(tmp_path / "checkpoint"), *tokenizers)
     common = ["--ckpt", tmp_path / "checkpoint", "--codec", folder, "--max_units", 30]
-    sample = ["sample.py", *common, "--wav", tmp_path / "q.wav", "--out", tmp_path / "reply.wav"]
+    sample = [sys.executable, "sample.py", *common, "--wav", tmp_path / "q.wav",
+              "--out", tmp_path / "reply.wav"]
     assert "give --voice" in run(*sample, code=2).strip().splitlines()[-1]
     assert not (tmp_path / "reply.wav").exists()
     printed = run(*sample, "--voice", voice)
     reply, rate = soundfile.read(tmp_path / "reply.wav")
     assert rate == 24000 and len(reply) == 30 * RATIO * FRAME
     assert "the speech was cut at 30 units" in printed
-    run("eval.py", *common, "--voice", voice, "--corpus", corpus, "--dialogues", 1,
+    run(sys.executable, "eval.py", *common, "--voice", voice, "--corpus", corpus, "--dialogues", 1,
         "--out", tmp_path / "eval")
     figures = json.loads((tmp_path / "eval/eval.json").read_text())
     assert figures["turns"] == figures["cut"] == 1

@@ -1,18 +1,24 @@
-"""Checkpoints as they are released: tied or not, whole or in shards, with the encoder inside or beside, at every size.
-It protects the promise that a download loads, completely or with one clear line."""
+"""Checkpoints as they are released: tied or not, whole or in shards, with the encoder inside or beside, at
+every size, in a folder or on the hub. It protects the promise that a download loads, completely or with one
+clear line."""
 import json
+import os
 import re
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from bench import QWEN2, parameters, real_model
-from model import Omni
+from omni import checkpoint
 
 WHISPER = str(CHECKPOINT / "whisper-tiny-random.pt")
+HEAD = "speech_generator.model.lm_head.weight"        # of the speech LM: tied to its table, in every release
+TABLE = "speech_generator.model.model.embed_tokens.weight"
 
 
 def variant(folder, tied=False, shards=1, encoder=True, **fields):
@@ -22,14 +28,15 @@ def variant(folder, tied=False, shards=1, encoder=True, **fields):
     if tied:                                          # the 0.5B to 3B releases
         weights.pop("lm_head.weight")
     if not encoder:
-        weights = {k: w for k, w in weights.items() if not k.startswith("model.speech_encoder.")}
-    if shards > 1:                                    # the 7B and larger: several files and an index that says which holds what
+        weights = {name: w for name, w in weights.items() if not name.startswith("model.speech_encoder.")}
+    if shards > 1:                                    # the 7B and larger: an index says which file holds what
         (folder / "model.safetensors").unlink()
-        names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-        for i, name in enumerate(names):
-            save_file({k: weights[k] for k in sorted(weights)[i::shards]}, folder / name)
-        index = {k: names[i % shards] for i, k in enumerate(sorted(weights))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        for i, file in enumerate(files):
+            save_file({name: weights[name] for name in sorted(weights)[i::shards]}, folder / file)
+        index = {name: files[i % shards] for i, name in enumerate(sorted(weights))}
+        index = {"metadata": {}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         save_file(weights, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied} | fields
@@ -37,26 +44,32 @@ def variant(folder, tied=False, shards=1, encoder=True, **fields):
     return str(folder)
 
 
-@pytest.mark.parametrize("how", [dict(tied=True), dict(shards=3), dict(encoder=False), dict(tied=True, shards=2, encoder=False)], ids=str)
+@pytest.mark.parametrize("how", [{"tied": True}, {"shards": 3}, {"encoder": False},
+                                 {"tied": True, "shards": 2, "encoder": False}], ids=str)
 def test_every_way_of_storing_loads(tmp_path, how):
     """The same tensors, wherever they lie; and what is saved again loads again, key for key."""
+    tied = how.get("tied", False)
     expected = load_file(CHECKPOINT / "checkpoint" / "model.safetensors")
-    if how.get("tied"):
+    if tied:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    if not how.get("encoder", True):                  # the Whisper file here holds other numbers than the checkpoint
+    if not how.get("encoder", True):                  # the Whisper file here holds other numbers
         own = torch.load(WHISPER, weights_only=True)["model_state_dict"]
-        expected |= {f"model.speech_{k}": w for k, w in own.items() if k.startswith("encoder.")}
-    omni, *tokenizers = Omni.from_pretrained(variant(tmp_path / "a", **how), WHISPER)
-    expected["speech_generator.model.lm_head.weight"] = expected["speech_generator.model.model.embed_tokens.weight"]
+        expected |= {f"model.speech_{name}": w for name, w in own.items() if name.startswith("encoder.")}
+    expected[HEAD] = expected[TABLE]
+    omni, *tokenizers = checkpoint.load(variant(tmp_path / "a", **how), WHISPER)
     ours = omni.state_dict()
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], w) for k, w in expected.items())
-    omni.save_pretrained(str(tmp_path / "b"), *tokenizers)
-    again = Omni.from_pretrained(str(tmp_path / "b"), WHISPER)[0]
-    assert again.config == omni.config and all(torch.equal(w, again.state_dict()[k]) for k, w in ours.items())
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], w) for name, w in expected.items())
+    assert (omni.lm_head.weight is omni.model.embed_tokens.weight) == tied
+    checkpoint.save(omni, str(tmp_path / "b"), *tokenizers)
+    again = checkpoint.load(str(tmp_path / "b"), WHISPER)[0]
+    assert again.config == omni.config
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in ours.items())
     saved = load_file(tmp_path / "b" / "model.safetensors").keys()
-    assert saved == expected.keys() - {"speech_generator.model.lm_head.weight"} - ({"lm_head.weight"} if how.get("tied") else set())
-    head, table = omni.lm_head.weight, omni.model.embed_tokens.weight
-    assert (head is table) == bool(how.get("tied"))
+    if tied:
+        assert saved == expected.keys() - {"lm_head.weight"}
+    else:
+        assert saved == expected.keys()
 
 
 def test_stream_params_is_parsed_not_evaluated(tmp_path):
@@ -64,35 +77,129 @@ def test_stream_params_is_parsed_not_evaluated(tmp_path):
     marker = tmp_path / "ran"
     bad = variant(tmp_path / "bad", stream_params=f"(3, open({str(marker)!r}, 'w') and 10)")
     with pytest.raises(ValueError, match="stream_params"):
-        Omni.from_pretrained(bad, WHISPER)
+        checkpoint.load(bad, WHISPER)
     assert not marker.exists()
-    omni = Omni.from_pretrained(variant(tmp_path / "good", stream_params="( 2, 7 )"), WHISPER)[0]
+    omni = checkpoint.load(variant(tmp_path / "good", stream_params="( 2, 7 )"), WHISPER)[0]
     assert (omni.R, omni.W) == (2, 7)
 
 
 # millions of parameters, from the shapes that the paper and the releases state (reference/architecture.md)
-TABLE = {"0.5B": (494.0, 14.9, 4.8), "1.5B": (1543.7, 16.3, 9.1), "3B": (3085.9, 17.3, 13.7), "7B": (7615.6, 20.5, 33.7),
-         "14B": (14770.0, 23.6, 63.2)}
+COUNTS = {"0.5B": (494.0, 14.9, 4.8), "1.5B": (1543.7, 16.3, 9.1), "3B": (3085.9, 17.3, 13.7),
+          "7B": (7615.6, 20.5, 33.7), "14B": (14770.0, 23.6, 63.2)}
 
 
 @pytest.mark.parametrize("size", QWEN2)
 def test_parameter_counts(size):
     """Each released size, built on the meta device, has the parts' parameter counts."""
     n = parameters(real_model(size))
-    assert (n["LLM"], n["adapter"], n["gate fusion"]) == pytest.approx(TABLE[size], abs=0.06)
-    assert (n["speech LM"], n["encoder"]) == pytest.approx((499.7, 635.0), abs=0.06)
+    counts = n["LLM"], n["speech adapter"], n["gate fusion"]
+    assert counts == pytest.approx(COUNTS[size], abs=0.06)
+    assert (n["speech LM"], n["speech encoder"]) == pytest.approx((499.7, 635.0), abs=0.06)
 
 
 def layout(folder):
     """The names of a checkpoint's tensors, without the numbers of layers, and of its config's fields."""
     config = json.loads((folder / "config.json").read_text())
-    return ({re.sub(r"\.\d+\.", ".N.", k) for k in load_file(folder / "model.safetensors")}, config.keys(), config["speech_generator"].keys())
+    names = {re.sub(r"\.\d+\.", ".N.", name) for name in load_file(folder / "model.safetensors")}
+    return names, config.keys(), config["speech_generator"].keys()
 
 
 def test_a_checkpoint_from_backbones_has_the_released_layout(tmp_path):
-    """What train.py starts from and saves has exactly the tensors and fields of the official checkpoint. (Its LLM is tied.)"""
-    omni, *tokenizers = Omni.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
-    omni.save_pretrained(str(tmp_path / "saved"), *tokenizers)
-    names, *fields = layout(tmp_path / "saved")
-    golden, *golden_fields = layout(CHECKPOINT / "checkpoint")
-    assert names == golden - {"lm_head.weight"} and fields == golden_fields
+    """What train.py starts from and saves has exactly the tensors and fields of the official checkpoint, and
+    the field pad_audio. Its LLM is tied; the speech LM's head is a tensor of its own."""
+    omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    checkpoint.save(omni, str(tmp_path / "saved"), *tokenizers)
+    names, fields, speech_fields = layout(tmp_path / "saved")
+    golden, golden_fields, golden_speech_fields = layout(CHECKPOINT / "checkpoint")
+    assert names == golden - {"lm_head.weight"} | {HEAD}
+    assert fields == golden_fields | {"pad_audio"}
+    assert speech_fields == golden_speech_fields
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(weights[HEAD], weights[TABLE])
+
+
+# ------------------------------------------------------------------------- how its clips were padded
+
+def test_a_released_checkpoint_was_trained_on_padded_clips():
+    """It has no field that says so."""
+    assert "pad_audio" not in json.loads((CHECKPOINT / "checkpoint" / "config.json").read_text())
+    assert checkpoint.load(str(CHECKPOINT / "checkpoint"), WHISPER)[0].pad_audio is True
+
+
+@pytest.mark.parametrize("pad_audio", [False, True])
+def test_a_checkpoint_says_how_its_clips_were_padded(tmp_path, pad_audio):
+    """From the first step to the download: who loads it need not know."""
+    omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2",
+                                                  pad_audio=pad_audio)
+    assert omni.pad_audio is pad_audio
+    checkpoint.save(omni, str(tmp_path / "saved"), *tokenizers)
+    assert checkpoint.load(str(tmp_path / "saved"))[0].pad_audio is pad_audio
+
+
+# --------------------------------------------------------------------------- the hub, only when asked
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The names that were asked for on the Hugging Face hub, a list. There is no network."""
+    asked = []
+
+    def download(name, **more):
+        asked.append(name)
+        raise OSError("no network")
+
+    def local_only(from_pretrained):
+        def load(name, *args, **more):
+            if not os.path.isdir(name):
+                download(name)
+            return from_pretrained(name, *args, **more)
+        return load
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for kind in (Qwen2Tokenizer, Qwen2ForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", local_only(kind.from_pretrained))
+    return asked
+
+
+MISSING = {                           # what is loaded, its arguments: one of them is a folder that is missing
+    "a run": (checkpoint.load, ["out/nowhere"]),
+    "an LLM": (checkpoint.from_backbones, ["out/nowhere", "tiny/whisper.pt", "tiny/qwen2"]),
+    "a speech LM": (checkpoint.from_backbones, ["tiny/qwen2", "tiny/whisper.pt", "out/nowhere"])}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_folder_is_not_looked_for_on_the_hub(hub, what):
+    """There a stranger may own that name. The error names the folder, then how to ask the hub."""
+    load, arguments = MISSING[what]
+    with pytest.raises(FileNotFoundError, match="^there is no folder out/nowhere;.* hf:owner/name$"):
+        load(*arguments)
+    assert not hub
+
+
+ON_THE_HUB = {
+    "a checkpoint": (checkpoint.load, ["hf:owner/name"]),
+    "an LLM": (checkpoint.from_backbones, ["hf:owner/name", "tiny/whisper.pt", "tiny/qwen2"]),
+    "a speech LM": (checkpoint.from_backbones, ["tiny/qwen2", "tiny/whisper.pt", "hf:owner/name"])}
+
+
+@pytest.mark.parametrize("what", ON_THE_HUB)
+def test_hf_asks_the_hub(hub, what):
+    """Without its prefix, and once."""
+    load, arguments = ON_THE_HUB[what]
+    with pytest.raises(OSError):
+        load(*arguments)
+    assert hub == ["owner/name"]
+
+
+def test_a_failed_download_says_what_to_do(hub):
+    """The command that downloads it, with the name that the hub knows."""
+    advice = "^hf:owner/name cannot be downloaded .*`hf download owner/name`, or give a folder$"
+    with pytest.raises(FileNotFoundError, match=advice):
+        checkpoint.load("hf:owner/name")
+
+
+def test_a_downloaded_checkpoint_loads(monkeypatch):
+    """snapshot_download gives a folder."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(CHECKPOINT / "checkpoint"))
+    omni, _, _ = checkpoint.load("hf:owner/name", WHISPER)
+    weights = load_file(CHECKPOINT / "checkpoint" / "model.safetensors")
+    assert torch.equal(omni.state_dict()[TABLE], weights[TABLE])
