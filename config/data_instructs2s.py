@@ -12,11 +12,11 @@ Download into downloads/ from huggingface.co/datasets/ICTNLP/InstructS2S-200K:
 audio_root is the folder that the JSON's paths start from. The recordings stay where they are; the corpus
 refers to them.
 
-Cost: we did not have these files; their sizes and form are what other people's loaders show. On dialogues that
-we made up in this form (1.7 turns, 300 units per reply), 1,000 took 0.3 s of one core (AMD EPYC, Zen 5) and
-1.6 MB of disk, with 0.65 GB of memory for 4,000 and for 20,000. With audio, every question is decoded once to
-find the unreadable ones: 2 s per 1,000 (the same clip of 7.5 s each time), plus reading the files, which we did
-not measure.
+Cost: we did not have these files; their sizes and form are what other people's loaders show. Of dialogues
+that we made up in this form (1.7 turns, 300 units per reply), 1,000 took 0.3 s of one core (Intel Xeon) and
+1.6 MB of disk; memory was 0.65 GB for 4,000 and 20,000. With audio, every question is decoded once to find
+the unreadable ones: 2 s per 1,000 (AMD EPYC, Zen 5; one clip of 7.5 s again and again), plus the time to read
+the files, which we did not measure.
 
 The JSON is an array of objects like this one; `unit` may also be a text, "1270 43 6560". Other keys, and
 units of the user, are not read:

@@ -173,8 +173,6 @@ def encoder_of(folder, weights):
         if name not in weights:
             raise ValueError(f"{folder} lacks tensor model.speech_encoder.{name}; it is not complete")
     size, n_mels, _ = weights["conv1.weight"].shape
-    if size < 64:
-        raise ValueError(f"the heads of the encoder in {folder} are not 64 wide; give its Whisper file too")
     layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     return SpeechEncoder(n_mels, len(weights["positional_embedding"]), size, size // 64, layers)
 
@@ -231,6 +229,8 @@ def load(name, whisper_name=None):
         if names:
             raise ValueError(f"{folder} {what} tensor {min(names)} ({len(names)} such); it is another model "
                              "or damaged")
+    if encoder.blocks[0].attn.n_head == 0:
+        raise ValueError(f"the heads of the encoder in {folder} are not 64 wide; give its Whisper file too")
     omni.load_state_dict(weights)
     return omni, *load_tokenizers(folder)
 

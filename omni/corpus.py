@@ -366,7 +366,8 @@ def shard_folder(folder, number):
 def build_shard(cfg, encode, number, numbered):
     """Build a shard. numbered: iterable of (record number, record).
 
-    The rows of a shard are in memory until it is written, with the sound that was synthesized for them.
+    The rows of a shard are in memory until it is written, with the sound that was synthesized for them: 500
+    dialogues of the embedded world are 60 MB of sound, and 0.4 GB at the peak, while they are saved.
     """
     start = time.time()
     rows = {split: [] for split in SPLITS}
@@ -589,7 +590,8 @@ def report(cfg, shards):
             reasons[entry["reason"]] += 1
             name = entry["id"] or f"record {entry['record']}"
             example = f"{name}: {entry['detail']}"[:200]
-            examples.setdefault(entry["reason"], example.encode(errors="replace").decode())   # it may not be Unicode
+            example = example.encode(errors="replace").decode()        # it may not be Unicode
+            examples.setdefault(entry["reason"], example)
 
     print(f"\n{'split':12}{'dialogues':>10}{'turns':>8}{'hours in':>10}{'hours out':>10}{'units':>14}")
     for split, n in totals.items():

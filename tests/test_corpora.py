@@ -18,6 +18,7 @@ import pytest
 import soundfile
 import torch
 from conftest import CHECKPOINT, load
+from datasets import DatasetDict
 from transformers import AutoTokenizer
 
 from data import DataConfig, Dialogues, clips, collate
@@ -240,6 +241,21 @@ def test_ranks_make_the_same_corpus(released):
     assert [process.returncode for process in ranks] == [0, 0] and first and second and not first & second
     assert any("left out: 19" in text for text in printed)
     assert contents(released / "ranks") == contents(released / "alone")
+
+
+def test_what_can_be_loaded(released, tmp_path, capsys):
+    """A datasets folder with the same columns is a corpus too; a missing shard is an error."""
+    rows = {split: load_corpus(str(released / "alone"), split) for split in SPLITS}
+    DatasetDict(rows).save_to_disk(tmp_path / "plain")
+    assert rows_of(tmp_path / "plain") == {split: list(rows[split]) for split in SPLITS}
+    shutil.copytree(released / "alone", tmp_path / "gap")
+    shutil.rmtree(tmp_path / "gap/shards/00003")
+    for folder, split, message in (("gap", "test", "shards/00003 is missing"),
+                                   ("plain", "dev", "no dialogues in the split 'dev'"),
+                                   ("nowhere", "test", "there is no corpus in")):
+        with pytest.raises(SystemExit):
+            load_corpus(str(tmp_path / folder), split)
+        assert message in capsys.readouterr().err
 
 
 def test_a_damaged_json_is_named(released, monkeypatch, capsys):

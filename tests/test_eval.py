@@ -124,7 +124,7 @@ def test_questions_are_padded_as_in_training(monkeypatch, pad_audio, frames):
     (6, True, {"0-1-question.ogg", "0-1-reply.ogg"}),
     (6, False, {"0-1-question.ogg"}),                          # an early checkpoint: no kept reply has sound
     (0, True, set()),
-], ids=str)
+], ids=("spoken", "silent", "none kept"))                     # a set's own text differs between processes
 def test_the_picture_needs_no_spoken_reply(tmp_path, monkeypatch, capsys, keep, spoken, files):
     """With --runs the losses are drawn, whether or not there is a reply to draw."""
     run, out = tmp_path / "run", tmp_path / "out"

@@ -8,11 +8,13 @@ import atexit
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -39,7 +41,6 @@ from omni.corpus import FEATURES, load_corpus
 from omni.files import read_json
 
 FAULTS = int(os.environ.get("FAULTS", 3))
-MUON = 1e-9
 STEPS = 9                             # one and a half epochs of 48 dialogues, 8 a step
 # Stage 1 runs in fp32 with AdamW, where another number of processes only changes the rounding. The others run
 # as their configs say, in bf16 with Muon. Each step is 2 micro-batches or more, with two processes too.
@@ -48,10 +49,11 @@ OWN = {
     "stage1_tts": {"--micro_tokens": 400},
     "stage2": {"--micro_tokens": 600},
 }
-FSDP = {"ACCELERATE_USE_FSDP": "true"}         # what `accelerate launch` makes of its file
+# What `accelerate launch` makes of its file; and several chunks of logits, not as many in each process.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "LOGITS": "5000"}
 SHARDING = {
     None: {},
-    "FSDP": FSDP | {"LOGITS": "5000"},         # several chunks of logits, and not as many in each process
+    "FSDP": FSDP,
     "FSDP, offloaded": FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
 }
 # New processes are forked from one that has imported what train.py imports: 0.1 s instead of 5.
@@ -213,6 +215,19 @@ def other_corpus(world, folder, change, split="train", **settings):
     shutil.rmtree(folder / "shards/00000" / split)
     rows.save_to_disk(folder / "shards/00000" / split)
     (folder / "meta.json").write_text(json.dumps(read_json(folder, "meta.json") | settings))
+    return folder
+
+
+def plain_corpus(world, folder, replies):
+    """A datasets folder with the micro corpus's rows and these replies, in turn. Returns the folder."""
+    splits = {}
+    for split in ("train", "validation"):
+        rows = corpus_rows(world, split)
+        reply = itertools.cycle(replies)
+        for row in rows:
+            row["replies"] = [next(reply) for _ in row["replies"]]
+        splits[split] = Dataset.from_list(rows, features=FEATURES)
+    DatasetDict(splits).save_to_disk(folder)
     return folder
 
 
@@ -409,20 +424,24 @@ def test_sharded(world, straight):
 
 
 def test_muon_sharded(world, straight, tmp_path):
-    """Muon orthogonalizes whole matrices; sharded it must see them whole too. The losses are those of one
-    process up to Muon's rounding to bf16, and a run that was stopped ends in the same bytes."""
+    """Muon orthogonalizes whole matrices, also when they are shared out, among three processes that do not all
+    divide them. A run that was stopped ends in the same bytes.
+
+    Muon rounds to bf16. Measured here: three or two processes with FSDP 2, two with DDP and one with other
+    micro-batches differ from one process by 1e-6 to 2e-5 of a loss. Halves of matrices that are orthogonalized
+    by themselves differ by 4e-4 after two steps and by 4e-3 after nine.
+    """
     one, _ = straight("stage1", 1, None, "--muon", True)
-    goal, _ = straight("stage1", 2, "FSDP", "--muon", True)
+    goal, _ = straight("stage1", 3, "FSDP", "--muon", True)
     for ours, theirs in zip(log_of(goal), log_of(one), strict=True):
-        print({k: abs(ours[k]/theirs[k]-1) for k in ours})
         for key in {"loss", "val_loss"} & ours.keys():
-            assert ours[key] == pytest.approx(theirs[key], rel=MUON)
-    run = Run(world, "stage1", tmp_path / "run", "--muon", True, processes=2, sharding="FSDP")
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+    run = Run(world, "stage1", tmp_path / "run", "--muon", True, processes=3, sharding="FSDP")
     run.wait_for("step 4/9")
     run.send(signal.SIGTERM, 1)
     assert "run the same command again to resume" in run.end()
-    assert "resuming" in Run(world, "stage1", tmp_path / "run", "--muon", True, processes=2,
-                             sharding="FSDP").end()
+    run = Run(world, "stage1", tmp_path / "run", "--muon", True, processes=3, sharding="FSDP")
+    assert "resuming" in run.end()
     assert_same(goal, tmp_path / "run")
 
 
@@ -519,32 +538,37 @@ def test_complete(world, straight):
     assert "holds a run already (final)" in error
 
 
-# --------------------------------------------------------------------------------------- odd replies
+# ------------------------------------------------------------------------------------ unusual replies
 
 def test_replies_with_odd_ends(world, tmp_path):
-    """Newlines and spaces around replies, with a tokenizer that has a token for two newlines, as Qwen2.5's: the
-    template's newline and a reply's must not merge. data.py strips replies, so this corpus is a plain datasets
+    """Newlines and spaces around replies, with a tokenizer that has a token for two newlines, as Qwen2.5's:
+    the template's newline and a reply's must not merge. data.py strips replies, so they come in a plain datasets
     folder."""
     llm = shutil.copytree(world / "small", tmp_path / "llm")
     tokenizer = json.loads((llm / "tokenizer.json").read_text())
     vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     newline = "\u010a"                                # how byte-level BPE writes it
-    vocabulary[newline * 2] = vocabulary.pop("\u00c0")        # the sign of a byte that UTF-8 never uses
+    vocabulary[newline * 2] = vocabulary.pop("\u00c0")        # a byte that UTF-8 never uses
     merges.insert(0, [newline, newline])
     (llm / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert len(Qwen2Tokenizer.from_pretrained(llm)("\n\n")["input_ids"]) == 1
-    ends = "\nHello.", "\n\nHello.", " \n Hello.", "Hello.\n", "\tHello.  ", "\n"
-    splits = {}
-    for split in ("train", "validation"):
-        rows = corpus_rows(world, split)
-        for i, row in enumerate(rows):
-            row["replies"] = [ends[(i + turn) % len(ends)] for turn in range(len(row["replies"]))]
-        splits[split] = Dataset.from_list(rows, features=FEATURES)
-    DatasetDict(splits).save_to_disk(tmp_path / "corpus")
-    more = *THREE, "--corpus", tmp_path / "corpus", "--llm", llm, "--speech_lm", llm
-    for stage in ("stage1", "stage2"):
-        Run(world, stage, tmp_path / stage, *more).end()
-        assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / stage, 3) if "loss" in line)
+    corpus = plain_corpus(world, tmp_path / "corpus", ["\nHello.", "\n\nHello.", " \n Hello.", "Hello.\n", "\n"])
+    more = *THREE, "--corpus", corpus, "--llm", llm, "--speech_lm", llm
+    Run(world, "stage2", tmp_path / "run", *more).end()
+    assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "run", 3) if "loss" in line)
+
+
+def test_long_replies(world, tmp_path):
+    """A reply of 45 words counts as exactly right once the model says it to its end. It learns one by heart: its
+    words are one token each, and each occurs once."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(world / "small")
+    tokens = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    reply = "".join([token for token in tokens if re.fullmatch(" [a-z]+", token)][-45:]).strip()
+    assert len(tokenizer(reply)["input_ids"]) > 40
+    corpus = plain_corpus(world, tmp_path / "corpus", [reply])
+    more = "--corpus", corpus, "--epochs", 3, "--muon", True, "--lr", 0.03, "--save_every", 99
+    Run(world, "stage1", tmp_path / "run", *more, "--eval_every", 99, "--micro_tokens", 9999).end()
+    assert log_of(tmp_path / "run", 18)[-1]["val_exact"] == 1
 
 
 # --------------------------------------------------------------------------------------- rotten data
@@ -601,8 +625,8 @@ def test_validation_row_that_cannot_be_read(world, straight, tmp_path):
 # -------------------------------------------------------------------------- patience and comparison
 
 def test_patience(world, tmp_path):
-    """Stops after three validations without a better one. The best checkpoint stays, beside the newest two, and
-    is exported."""
+    """Stops after three validations without a better one. The best checkpoint stays, beside the newest two,
+    and is exported."""
     more = "--lr", 1.0, "--patience", 3, "--eval_every", 1, "--keep", 2
     text = Run(world, "stage1", tmp_path / "run", *more).end()
     steps = sorted(int(path.name[-6:]) for path in (tmp_path / "run").glob("step-*"))

@@ -1,15 +1,17 @@
 """The network and the streaming decoder on the tiny random checkpoint: each result against a second, slower
 way to it, or against a number known by hand."""
+import ast
 import copy
 import itertools
 import math
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHECKPOINT, ROWS, dialogue, load
+from conftest import CHECKPOINT, ROOT, ROWS, dialogue, load
 from safetensors.torch import load_file, save_file
 
 import model
@@ -509,6 +511,35 @@ def test_a_validation_reply_is_as_long_as_its_limit_allows(tiny, monkeypatch, li
     text, spoken = watch.answer(omni, dialogues, 0, "stage1", max_tokens=limit)
     assert text == tokenizers[0].decode(reply[:said])
     assert not spoken
+
+
+def function_of_train(name, names):
+    """A function of train.py, which runs when it is imported. names: {what it reads of the script: value}."""
+    body = ast.parse((ROOT / "train.py").read_text()).body
+    wanted = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
+    names = dict(names)
+    exec(compile(ast.Module(wanted, []), "train.py", "exec"), names)
+    return names[name]
+
+
+@pytest.mark.parametrize("wrong, exact", [(None, 1.0), (3, 0.0), (70, 0.0)])
+def test_a_validation_counts_long_replies_that_are_exactly_right(tiny, monkeypatch, wrong, exact):
+    """A reply of more than 40 tokens can be exactly right; one wrong token at the beginning or the end, and
+    it is not."""
+    omni, *tokenizers = tiny
+    reply = "One and two and three are six, and so on. " * 5
+    forced = [*tokenizers[0](reply)["input_ids"], omni.config["eos_token_id"]]
+    assert len(forced) > 72
+    if wrong is not None:
+        forced[wrong] = 100
+    monkeypatch.setattr(engine, "sample", lambda *_: forced.pop(0))
+    rows = datasets.Dataset.from_list([dialogue([0.5], [reply], [20])])
+    cfg = SimpleNamespace(eval_dialogues=1, micro_tokens=8192, workers=0, stage="stage1")
+    evaluate = function_of_train("evaluate", {
+        "cfg": cfg, "omni": omni, "tokenizers": tokenizers, "device": "cpu", "rank": 0, "world": 1,
+        "validation_set": laid_out(omni, tokenizers, rows), "validation_positions": [200],
+        "accelerator": SimpleNamespace(reduce=lambda x: x)})
+    assert evaluate()["val_exact"] == exact
 
 
 # -------------------------------------------------------------------------------------- checkpoints

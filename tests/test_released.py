@@ -138,25 +138,29 @@ def test_a_checkpoint_says_how_its_clips_were_padded(tmp_path, pad_audio):
 
 # --------------------------------------------------------------------------- the hub, only when asked
 
+SERVED = {"owner/qwen2": "tiny/qwen2", "owner/omni": str(CHECKPOINT / "checkpoint")}
+
+
 @pytest.fixture
 def hub(monkeypatch):
-    """The names that were asked for on the Hugging Face hub, a list. There is no network."""
+    """A hub that has what is in SERVED -> the names that it was asked for, a list."""
     asked = []
 
     def download(name, **more):
         asked.append(name)
-        raise OSError("no network")
+        if name not in SERVED:
+            raise OSError("no such repository")
+        return SERVED[name]
 
-    def local_only(from_pretrained):
+    def local_or_download(from_pretrained):
         def load(name, *args, **more):
-            if not os.path.isdir(name):
-                download(name)
-            return from_pretrained(name, *args, **more)
+            folder = name if os.path.isdir(name) else download(name)
+            return from_pretrained(folder, *args, **more)
         return load
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for kind in (Qwen2Tokenizer, Qwen2ForCausalLM):
-        monkeypatch.setattr(kind, "from_pretrained", local_only(kind.from_pretrained))
+        monkeypatch.setattr(kind, "from_pretrained", local_or_download(kind.from_pretrained))
     return asked
 
 
@@ -175,31 +179,27 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(hub, what):
     assert not hub
 
 
-ON_THE_HUB = {
-    "a checkpoint": (checkpoint.load, ["hf:owner/name"]),
-    "an LLM": (checkpoint.from_backbones, ["hf:owner/name", "tiny/whisper.pt", "tiny/qwen2"]),
-    "a speech LM": (checkpoint.from_backbones, ["tiny/qwen2", "tiny/whisper.pt", "hf:owner/name"])}
+def test_hf_downloads_a_checkpoint(hub):
+    """Its whole folder, by the name without the prefix."""
+    omni, _, _ = checkpoint.load("hf:owner/omni", WHISPER)
+    weights = load_file(CHECKPOINT / "checkpoint" / "model.safetensors")
+    assert torch.equal(omni.state_dict()[TABLE], weights[TABLE])
+    assert hub == ["owner/omni"]
 
 
-@pytest.mark.parametrize("what", ON_THE_HUB)
-def test_hf_asks_the_hub(hub, what):
-    """Without its prefix, and once."""
-    load, arguments = ON_THE_HUB[what]
-    with pytest.raises(OSError):
-        load(*arguments)
-    assert hub == ["owner/name"]
+@pytest.mark.parametrize("llm, speech_lm", [
+    ("hf:owner/qwen2", "tiny/qwen2"), ("tiny/qwen2", "hf:owner/qwen2")])
+def test_hf_downloads_a_backbone(hub, llm, speech_lm):
+    """Its tokenizer and its weights."""
+    omni, *_ = checkpoint.from_backbones(llm, "tiny/whisper.pt", speech_lm)
+    weights = load_file("tiny/qwen2/model.safetensors")
+    assert torch.equal(omni.state_dict()["model.norm.weight"], weights["model.norm.weight"])
+    assert hub == ["owner/qwen2", "owner/qwen2"]
 
 
 def test_a_failed_download_says_what_to_do(hub):
     """The command that downloads it, with the name that the hub knows."""
-    advice = "^hf:owner/name cannot be downloaded .*`hf download owner/name`, or give a folder$"
+    advice = "^hf:owner/none cannot be downloaded .*`hf download owner/none`, or give a folder$"
     with pytest.raises(FileNotFoundError, match=advice):
-        checkpoint.load("hf:owner/name")
-
-
-def test_a_downloaded_checkpoint_loads(monkeypatch):
-    """snapshot_download gives a folder."""
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(CHECKPOINT / "checkpoint"))
-    omni, _, _ = checkpoint.load("hf:owner/name", WHISPER)
-    weights = load_file(CHECKPOINT / "checkpoint" / "model.safetensors")
-    assert torch.equal(omni.state_dict()[TABLE], weights[TABLE])
+        checkpoint.load("hf:owner/none")
+    assert hub == ["owner/none"]

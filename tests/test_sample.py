@@ -1,5 +1,5 @@
-"""sample.py at work: what it prints while the text arrives, what it plays, and how it prepares a question. The
-model's choices are made up here; tests/test_model.py and tests/test_pipeline.py run real ones."""
+"""sample.py at work: what it prints while the text arrives, what it plays, and how it prepares a question.
+The model's choices are made up here; tests/test_model.py and tests/test_pipeline.py run real ones."""
 import sys
 import types
 
@@ -64,7 +64,7 @@ def test_a_letter_is_printed_when_it_is_complete(tiny, monkeypatch, text, codec)
     decoder."""
     tokenizer = tiny[1]
     ids = tokenizer(text)["input_ids"]
-    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]       # a character stands for a byte
+    sizes = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]       # one character for each byte
     assert sum(sizes) == len(text.encode())
     result, pieces, printed, _ = answer(monkeypatch, tokenizer, ids, codec)
     assert not [piece for piece in pieces if HALF in piece]
@@ -95,11 +95,13 @@ def test_a_reply_that_ends_in_half_a_letter(tiny, monkeypatch, missing, codec):
 def test_what_is_played_is_what_is_returned(tiny, monkeypatch):
     """The pieces of sound in order, the notes, and times that follow each other."""
     ids = tiny[1]("Paris is nice.")["input_ids"]
-    (_, wav, notes, (first_text, first_audio, total)), _, _, sound = answer(monkeypatch, tiny[1], ids, Codec())
+    result, _, _, sound = answer(monkeypatch, tiny[1], ids, Codec())
+    text, wav, notes, (first_text, first_audio, total) = result
     units = [unit for i in range(len(ids)) for unit in (i % 7, i % 5)]
     assert np.array_equal(wav, np.repeat(np.array(units, np.float32) / np.float32(10), 4))
     assert np.array_equal(wav, np.concatenate(sound))
     assert len(sound) == len(ids)
+    assert text == "Paris is nice."
     assert notes == ["made up"]
     assert 0 <= first_text <= first_audio <= total
 
@@ -108,8 +110,8 @@ def test_what_is_played_is_what_is_returned(tiny, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """A function that runs sample.py on a fresh model that says two things and then stops; it answers a noise of
-    1.5 s."""
+    """A function that runs sample.py. The question is a noise of 1.5 s, the reply two bursts of units. It
+    returns the frames of the log-mels that the model was asked with."""
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "question.wav", 0.1 * rng.standard_normal(SAMPLE_RATE * 3 // 2), SAMPLE_RATE)
     asked = []

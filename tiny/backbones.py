@@ -311,8 +311,9 @@ def train_whisper(cfg, rng, tokenizer):
         log_p = model.ctc(states).float().log_softmax(-1).transpose(0, 1)
         spelled = [letters[i] for i in rows]
         lengths = torch.tensor([len(x) for x in spelled])
-        return {"text": F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), ignore_index=IGNORE),
-                "ctc": F.ctc_loss(log_p, torch.cat(spelled), counts, lengths, zero_infinity=True)}
+        ctc = F.ctc_loss(log_p, torch.cat(spelled), counts, lengths, zero_infinity=True)
+        text_loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), ignore_index=IGNORE)
+        return {"text": text_loss, "ctc": ctc}
 
     whisper.model.MultiHeadAttention.use_sdpa = False # on CPU its backward is slower than two products
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
