@@ -424,12 +424,12 @@ def test_sharded(world, straight):
 
 
 def test_muon_sharded(world, straight, tmp_path):
-    """Muon orthogonalizes whole matrices, also when they are shared out, among three processes that do not all
-    divide them. A run that was stopped ends in the same bytes.
+    """Muon orthogonalizes whole matrices, also when FSDP 2 shards them, here over three processes that do not
+    divide all of them evenly. A run that was stopped ends in the same bytes.
 
-    Muon rounds to bf16. Measured here: three or two processes with FSDP 2, two with DDP and one with other
-    micro-batches differ from one process by 1e-6 to 2e-5 of a loss. Halves of matrices that are orthogonalized
-    by themselves differ by 4e-4 after two steps and by 4e-3 after nine.
+    Muon rounds to bf16, so losses are not those of one process to the last digit. Measured here: two or three
+    processes with FSDP 2, two with DDP, and one with other micro-batches differ by 2e-5 at most. If each half
+    of a matrix is orthogonalized by itself, they differ by 4e-4 after two steps and 4e-3 after nine.
     """
     one, _ = straight("stage1", 1, None, "--muon", True)
     goal, _ = straight("stage1", 3, "FSDP", "--muon", True)
@@ -542,8 +542,8 @@ def test_complete(world, straight):
 
 def test_replies_with_odd_ends(world, tmp_path):
     """Newlines and spaces around replies, with a tokenizer that has a token for two newlines, as Qwen2.5's:
-    the template's newline and a reply's must not merge. data.py strips replies, so they come in a plain datasets
-    folder."""
+    the template's newline and a reply's must not merge. data.py strips replies, so this corpus is a plain
+    datasets folder."""
     llm = shutil.copytree(world / "small", tmp_path / "llm")
     tokenizer = json.loads((llm / "tokenizer.json").read_text())
     vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
@@ -552,15 +552,16 @@ def test_replies_with_odd_ends(world, tmp_path):
     merges.insert(0, [newline, newline])
     (llm / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert len(Qwen2Tokenizer.from_pretrained(llm)("\n\n")["input_ids"]) == 1
-    corpus = plain_corpus(world, tmp_path / "corpus", ["\nHello.", "\n\nHello.", " \n Hello.", "Hello.\n", "\n"])
+    replies = "\nHello.", "\n\nHello.", " \n Hello.", "Hello.\n", "\n"
+    corpus = plain_corpus(world, tmp_path / "corpus", replies)
     more = *THREE, "--corpus", corpus, "--llm", llm, "--speech_lm", llm
     Run(world, "stage2", tmp_path / "run", *more).end()
     assert all(math.isfinite(line["loss"]) for line in log_of(tmp_path / "run", 3) if "loss" in line)
 
 
 def test_long_replies(world, tmp_path):
-    """A reply of 45 words counts as exactly right once the model says it to its end. It learns one by heart: its
-    words are one token each, and each occurs once."""
+    """A reply of 45 words counts as exactly right if the model says it to its end. It learns one by heart, in
+    which each word is one token and occurs once."""
     tokenizer = Qwen2Tokenizer.from_pretrained(world / "small")
     tokens = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     reply = "".join([token for token in tokens if re.fullmatch(" [a-z]+", token)][-45:]).strip()
