@@ -121,14 +121,15 @@ def reads(table):
 
 
 def read_from_below(source):
-    """What functions and classes of a script read although it is not bound above them: [(reader, name)]."""
+    """What functions and classes of a script read although it is not bound above them, or bound again below:
+    [(reader, name)]."""
     bound, found = bindings(source), []
     for table in symtable.symtable(source, "script", "exec").get_children():
         if table.get_type() not in ("function", "class"):
             continue
         for name in sorted(reads(table)):
-            above = any(line <= table.get_lineno() for line in bound.get(name, []))
-            if not above and not hasattr(builtins, name):
+            known = name in bound or hasattr(builtins, name)
+            if not known or max(bound.get(name, [0])) > table.get_lineno():
                 found.append((table.get_name(), name))
     return found
 
@@ -142,7 +143,8 @@ def test_a_name_from_below_is_found():
     """The test above can fail: a global that is assigned later, also in a nested function."""
     source = "a = 1\ndef f(x):\n    def g():\n        return a + b + len(x)\n    return g\nb = 2\n"
     assert read_from_below(source) == [("f", "b")]
-    assert read_from_below("b = 2\n" + source) == []
+    assert read_from_below("b = 2\n" + source) == [("f", "b")]          # bound again below
+    assert read_from_below("b = 2\n" + source.removesuffix("b = 2\n")) == []
 
 
 # ------------------------------------------------------------------------------- lines and files

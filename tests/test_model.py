@@ -560,24 +560,41 @@ REFUSED = [                           # what is done to the tensor, its name
     ("shape", "model.speech_encoder.conv1.weight")]
 
 
+@pytest.fixture(scope="module")
+def sixty_four(tmp_path_factory):
+    """A checkpoint whose Whisper has heads of 64, as the released ones: it loads without a Whisper file."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    checkpoint.save(omni, str(folder), *tokenizers)
+    return folder
+
+
 @pytest.mark.parametrize("what, name", REFUSED, ids=map(" ".join, REFUSED))
-def test_a_damaged_checkpoint_is_refused(tmp_path, what, name):
+def test_a_damaged_checkpoint_is_refused(sixty_four, tmp_path, what, name):
     """Weights load completely or not at all, and the refusal names the tensor."""
-    weights = load_file(CHECKPOINT / "checkpoint" / "model.safetensors")
+    of_encoder = "speech_encoder" in name
+    original = sixty_four if of_encoder else CHECKPOINT / "checkpoint"
+    weights = load_file(original / "model.safetensors")
     if what == "missing":
         del weights[name]
     elif what == "extra":
         weights[name] = torch.zeros(7)
     else:
         weights[name] = weights[name][..., :-1].contiguous()
-    folder = shutil.copytree(CHECKPOINT / "checkpoint", tmp_path / "checkpoint")
+    folder = shutil.copytree(original, tmp_path / "checkpoint")
     save_file(weights, folder / "model.safetensors")
     either = name.replace("model.embed_tokens", ".*")                  # of two tied tensors
     with pytest.raises(ValueError, match=either):
-        if "speech_encoder" in name:                  # without a Whisper file its sizes come from the weights
+        if of_encoder:                                # without a Whisper file its sizes come from the weights
             checkpoint.load(str(folder))
         else:
             load(folder)
+
+
+def test_an_encoder_of_narrow_heads_needs_its_whisper_file():
+    """A checkpoint does not say how wide they are; the released ones have 64."""
+    with pytest.raises(ValueError, match="are not 64 wide; give its Whisper file too"):
+        checkpoint.load(str(CHECKPOINT / "checkpoint"))
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):

@@ -25,7 +25,8 @@ FSDP = [*ACCELERATE, "--config_file", "config/accelerate/8gpu_fsdp.yaml", "--num
 
 
 def train_command(at, stage, out_dir, *more, launch=LAUNCH):
-    options = {"--log_every": 2, "--eval_every": 100, "--eval_dialogues": 4, "--samples": 0, "--save_every": 3}
+    options = {"--log_every": 2, "--eval_every": 100, "--eval_dialogues": 4, "--samples": 0,
+               "--save_every": 3}
     options |= dict(zip(more[::2], more[1::2]))
     return [*launch, "train.py", *train_arguments(at, stage, out_dir, **options)]
 
@@ -48,10 +49,11 @@ def test_three_stages_and_a_reply(world):
         losses = [line["loss"] for line in meta_of(world / stage)["log"] if "loss" in line]
         assert len(losses) == 9 and sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
         assert "speech adapter" in out and "val_loss" in out
-    # the tensors of the official checkpoint, whose LLM is not tied
-    names, *fields = layout(world / "stage2/final")
-    golden, *golden_fields = layout(CHECKPOINT / "checkpoint")
-    assert names == golden - {"lm_head.weight"} and fields == golden_fields
+    # the official checkpoint's tensors and fields, and that of the padding; this LLM is tied, that one is not
+    names, fields, speech_fields = layout(world / "stage2/final")
+    golden, golden_fields, golden_speech_fields = layout(CHECKPOINT / "checkpoint")
+    assert names == golden - {"lm_head.weight"} | {"speech_generator.model.lm_head.weight"}
+    assert fields == golden_fields | {"pad_audio"} and speech_fields == golden_speech_fields
 
     sample = [sys.executable, "sample.py", "--ckpt", world / "stage2"]
     sound = "--corpus", world / "corpus", "--codec", world / "tiny/codec.pt"
@@ -116,17 +118,18 @@ def test_refusals(world):
     assert not list((world / "nan").glob("step-*"))
     out = run(sys.executable, "data.py", "--codec", world / "none.pt", "--out_dir", world / "c", code=2)
     assert out.strip().splitlines()[-1].startswith("error: there is no codec")
-    sample = [sys.executable, "sample.py", "--corpus", world / "corpus", "--codec", world / "tiny/codec.pt"]
-    for arguments, fragment in ((["--ckpt", run_folder, "--wav", "none.wav"], "none.wav: there is no such file"),
-                                (["--ckpt", run_folder, "--index", "99"], "--index 99"),
-                                (["--ckpt", world / "nowhere"], "nowhere")):
+    sample = [sys.executable, "sample.py", "--corpus", world / "corpus", "--codec", world / "tiny/codec.pt",
+              "--ckpt"]
+    for arguments, fragment in (([run_folder, "--wav", "none.wav"], "none.wav: there is no such file"),
+                                ([run_folder, "--index", "99"], "--index 99"),
+                                ([world / "nowhere"], "nowhere")):
         assert fragment in run(*sample, *arguments, code=2).strip().splitlines()[-1]
 
 
 def test_only_the_global_batch_decides(world):
-    """The same losses to 1e-5 from one process, from several micro-batches, from two processes (DDP), from two
-    that shard weights and optimizer (FSDP 2) and resume what DDP saved, and from one that resumes what FSDP 2
-    saved."""
+    """The same losses to 1e-5 from one process, from several micro-batches, from two processes (DDP), from
+    two that shard weights and optimizer (FSDP 2) and resume what DDP saved, and from one that resumes what
+    FSDP 2 saved."""
     runs = {                          # launcher, --micro_tokens, (whose checkpoint it resumes, at which step)
         "one": (DIRECTLY, 9999, None),
         "accumulated": (DIRECTLY, 200, None),
