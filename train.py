@@ -319,7 +319,8 @@ while step < max_steps and not (cfg.patience and run.validations_since_best() >=
     if bad_any:                                       # name the rows of those losses; all if it is the norm
         names = [name for batch, b in zip(micro, bad) if b or not bad_losses for name in batch["names"]]
         if names:
-            print(f"step {step}, process {rank}: loss or gradient is not finite. Rows:", *names, flush=True)
+            rows = ", ".join(names)                   # one write, or the lines of two processes mix
+            print(f"step {step}, process {rank}: loss or gradient is not finite. Rows: {rows}", flush=True)
         fail(f"stopped before step {step}; the last checkpoint is untouched. Look at the rows above, or "
              f"lower --lr {cfg.lr}")
     for optimizer in optimizers:
