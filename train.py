@@ -125,6 +125,7 @@ if run.last:
     if run.saved["processes"] != world:
         log(f"{world} processes instead of {run.saved['processes']}: the same dialogues make the same steps, "
             "but sums are rounded in another order")
+splits = {name: load_corpus(cfg.corpus, name) for name in ("train", "validation")}     # missing? Say so now
 for seed in (torch.manual_seed, random.seed, np.random.seed):
     seed(cfg.seed)
 
@@ -175,7 +176,6 @@ for part, prefixes in PARTS.items():
 
 # ----------------------------------------------------------------------------------------- the data
 
-splits = {name: load_corpus(cfg.corpus, name) for name in ("train", "validation")}
 run.set_corpus({"dialogues": len(splits["train"]), "settings": read_json(cfg.corpus, "meta.json"),
                 "sha256": fingerprint(*splits.values())})
 hear = cfg.stage != "stage1_tts"                      # text -> units: nobody listens

@@ -590,7 +590,9 @@ def test_nan_in_one_clip(world, straight, tmp_path, sharding):
     rotten = other_corpus(world, tmp_path / "rotten", clip(row, rot))
     text = Run(world, "stage1", run, "--corpus", rotten, processes=2, sharding=sharding).end(2, 2)
     lines = [line for line in text.splitlines() if "loss or gradient is not finite" in line]
-    named, = [line for line in lines if name_of(world, row) in line]
+    named = [line for line in lines if name_of(world, row) in line]
+    assert len(named) == 1, text[-3000:]
+    named, = named
     assert named.startswith("step 7, process ") and named.count("train-") < 8, text[-3000:]
     assert newest_checkpoint(run) == f"{run}/step-000007"
     Run(world, "stage1", run, processes=2, sharding=sharding).end()
