@@ -4,7 +4,7 @@ CosyVoice 2 (arXiv 2412.10117), LLaMA-Omni 2's codec, run from the released weig
 Why: released checkpoints speak in CosyVoice 2's units, so it takes CosyVoice 2's decoder to hear them, and
 its tokenizer to train on the same units. omni/codec.py documents the interface.
 
-How: the tokenizer, a speech recogniser with a quantizer inside, is run as the released ONNX file
+How: the tokenizer, a speech recognizer with a quantizer inside, is run as the released ONNX file
 (`tokenize`). The decoder is written out here, with module names as in the released tensors, and is never
 trained:
 

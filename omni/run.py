@@ -68,7 +68,10 @@ class Run:
         if newest and not cfg.resume:
             fail(f"{self.folder} holds a run already ({os.path.basename(newest)}); leave out --resume false, "
                  "or choose another --out_dir")
-        self.saved = read_json(newest, "meta.json") if newest else {}
+        try:
+            self.saved = read_json(newest, "meta.json") if newest else {}
+        except ValueError:                            # only of final/: damaged steps were passed over
+            fail(f"{newest}/meta.json is damaged; delete {newest}, and the same command makes it again")
         self.step, self.history = self.saved.get("step", 0), self.saved.get("log", [])
         self.base, self.corpus = self.saved.get("base"), None
         before = self.saved.get("config", self.config)

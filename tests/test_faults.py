@@ -538,6 +538,17 @@ def test_complete(world, straight):
     assert "holds a run already (final)" in error
 
 
+def test_damaged_final(world, straight, tmp_path):
+    """One line says what to delete; then the same command makes it again, byte for byte."""
+    goal, _ = straight("stage1")
+    run = shutil.copytree(goal, tmp_path / "run")
+    (run / "final/meta.json").write_text('{"step": 9, "log"')
+    assert f"delete {run}/final" in only_error(Run(world, "stage1", run).end(2))
+    shutil.rmtree(run / "final")
+    Run(world, "stage1", run).end()
+    assert_same(goal, run)
+
+
 # ------------------------------------------------------------------------------------ unusual replies
 
 def test_replies_with_odd_ends(world, tmp_path):
