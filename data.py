@@ -6,7 +6,7 @@ reply, and the reply's speech as units (25 integers a second). Dialogues come fr
 source lacks is made: a synthesizer says what was not recorded, a codec turns the replies' speech into units.
 
     source        the dialogues                     the user's speech       the replies' units
-    tiny          tiny/world.py draws them          espeak-ng, 74 voices    espeak-ng, nano codec
+    tiny          tiny/world.py draws them          espeak-ng, in rooms     espeak-ng, nano codec
     instructs2s   the released JSON                 its recordings or none  from the JSON
     folder        --path, a JSONL or CSV file       your recordings         your recordings or --tts, --codec
     text          --path, a JSONL or CSV file       --tts, several voices   --tts, --codec
@@ -17,12 +17,12 @@ How: python data.py                          builds the embedded corpus in corpu
 A killed build continues with the shards that are missing. Ranks share the shards, also across machines that
 see the folder: `accelerate launch data.py ...`, without GPUs `torchrun`, or `RANK=0 WORLD_SIZE=2 python
 data.py ...` on the first of two machines. A row is a dialogue:
-    id, voice, topics [str], users [str], speech [audio], samples [int], replies [str], answers [str],
-    units [[int]]
-where speech holds WAV bytes or a path below audio_root, samples is its length at 16 kHz, and an answer is the
-part of a reply that makes it right ("Paris"), for eval.py. What cannot be trained on is left out, counted,
-and listed with its reason in left_out.jsonl. How a corpus is built is in omni/corpus.py; this file is what
-training reads it with.
+    id, voice, topics [str], users [str], speech [audio], samples [int], replies [str], spoken [str],
+    answers [str], units [[int]]
+where speech holds WAV bytes or a path below audio_root, samples is its length at 16 kHz, spoken is the reply
+with marks for how it is said (omni/espeak.py), and an answer is the part of a reply that makes it right, for
+eval.py ("Paris"). What cannot be trained on is left out, counted, and listed with its reason in
+left_out.jsonl. How a corpus is built is in omni/corpus.py; this file is what training reads it with.
 """
 import atexit
 import functools
@@ -53,13 +53,15 @@ class DataConfig:
     path: str | None = None            # all but tiny: the dialogues, a .json array, a .jsonl or a .csv file
     audio_root: str | None = None      # the folder of the recordings; without it instructs2s gets no speech
     tts: str | None = None             # command: says stdin or {text} into {wav}, in {voice}; none: espeak-ng
-    voices: tuple[str, ...] = ()       # text: the users', one a dialogue; none: those of omni/espeak.py
+    voices: tuple[str, ...] = ()       # text, tiny: the users', one a dialogue; none: those of omni/espeak.py
     assistant: str = ASSISTANT         # the voice of the replies
     held_out: float = 0.005            # all but tiny: share of dialogues for validation, and as much for test
     limit: int = 0                     # all but tiny: stop after so many dialogues; 0: never
     train: int = 20000                 # tiny: dialogues for training
     validation: int = 200              # tiny: dialogues for the loss and the figures during training
-    test: int = 400                    # tiny: dialogues for eval.py: other sentences, other voices
+    test: int = 1000                   # tiny: dialogues for eval.py: other sentences, replies and voices
+    augment: bool = True               # tiny: put training questions into rooms, noise, microphones, codecs
+    condition: str | None = None       # tiny: put all questions into this one: babble, fan, room or telephone
     codec: str = "tiny/codec.pt"       # makes the units: a file, or CosyVoice 2's folder; not for instructs2s
     shard: int = 500                   # dialogues between two saves: what a killed process loses
     processes: int = os.cpu_count()    # how many work at once on this machine
@@ -68,8 +70,10 @@ class DataConfig:
     llm: str = "tiny/qwen2"            # show: whose tokenizer; a folder, or hf:owner/name
 
     def __post_init__(self):
-        if self.source not in corpus.SOURCES:
-            raise ValueError(f"source is {self.source!r}; it must be one of {', '.join(corpus.SOURCES)}")
+        for key, known in (("source", corpus.SOURCES), ("condition", (None, *corpus.CONDITIONS))):
+            if getattr(self, key) not in known:
+                known = ", ".join(filter(None, known))
+                raise ValueError(f"{key} is {getattr(self, key)!r}; it must be one of {known}")
         if min(self.train, self.validation, self.test, self.processes, self.shard) < 1:
             raise ValueError("train, validation, test, processes and shard must be at least 1")
         if self.limit < 0 or not 0 <= self.held_out < 0.5:

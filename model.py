@@ -27,7 +27,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from whisper.model import AudioEncoder, LayerNorm
 
 from omni.audio import DOWNSAMPLE, UNIT_VOCAB, WINDOW, speech_positions
-from omni.packing import Rows
+from omni.packing import Rows, pad_to, round_up
 
 SPEECH = -200                 # input id at a position that holds speech instead of a token
 IGNORE = -100                 # label of a position without loss
@@ -139,9 +139,10 @@ def forward_packed(network, x, lengths):
     """A Qwen2Model on embedded rows laid end to end: x (T, D), list of lengths -> states (T, D)."""
     rows = Rows(lengths, x.device)
     mask = {"full_attention": None}                   # `rows` says who sees whom
-    output = network(inputs_embeds=x[None], position_ids=rows.position[None], attention_mask=mask,
+    padded = pad_to(x, rows.total)[None]
+    output = network(inputs_embeds=padded, position_ids=rows.position[None], attention_mask=mask,
                      use_cache=False, rows=rows)
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0, :len(x)]
 
 
 class SpeechEncoder(AudioEncoder):
@@ -166,13 +167,13 @@ class SpeechEncoder(AudioEncoder):
         at = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, frames)]).to(mel.device)
         at_half = [torch.arange(start // 2, start // 2 + n) for start, n in zip(starts, lengths)]
         at_half = torch.cat(at_half).to(mel.device)
-        x = mel.new_zeros(len(mel), starts[-1], dtype=self.conv1.weight.dtype)
+        x = mel.new_zeros(len(mel), round_up(starts[-1]), dtype=self.conv1.weight.dtype)
         x[:, at] = mel.to(x.dtype)
-        clip = torch.zeros(starts[-1], dtype=torch.bool, device=mel.device)
+        clip = torch.zeros(x.shape[1], dtype=torch.bool, device=mel.device)
         clip[at] = True
         x = F.gelu(self.conv1(x[None])) * clip
-        x = F.gelu(self.conv2(x))[0].T[at_half]       # (T / 2, n_state): 100 Hz -> 50 Hz
         rows = Rows(lengths, mel.device)
+        x = pad_to(F.gelu(self.conv2(x))[0].T[at_half], rows.total)   # (T / 2, n_state): 100 Hz -> 50 Hz
         x = x + self.positional_embedding[rows.position].to(x.dtype)
         for block in self.blocks:
             attn, y = block.attn, block.attn_ln(x)
@@ -182,7 +183,7 @@ class SpeechEncoder(AudioEncoder):
             v = attn.value(y).unflatten(-1, heads)
             x = x + attn.out(rows.attend(q, k, v, causal=False).flatten(1))
             x = x + block.mlp(block.mlp_ln(x))
-        return self.ln_post(x)
+        return self.ln_post(x[:len(at_half)])
 
 
 class SpeechAdapter(nn.Module):
@@ -195,7 +196,9 @@ class SpeechAdapter(nn.Module):
 
     def forward(self, x):
         """(T, D) at 50 Hz, T a multiple of 5 -> (T / 5, H) at 10 Hz."""
-        return self.linear2(F.relu(self.linear1(x.reshape(-1, DOWNSAMPLE * x.shape[-1]))))
+        n = len(x) // DOWNSAMPLE
+        x = pad_to(x.reshape(n, -1), round_up(n))
+        return self.linear2(F.relu(self.linear1(x)))[:n]
 
 
 class Head(nn.Linear):
@@ -211,14 +214,16 @@ class Head(nn.Linear):
         if labels is None:
             return super().forward(hidden)
         hidden, labels = hidden[labels != IGNORE], labels[labels != IGNORE]
-        size = max(1, LOGITS // self.out_features)
+        n, size = len(labels), max(1, LOGITS // self.out_features)
+        hidden = pad_to(hidden, round_up(n))
+        labels = F.pad(labels, (0, len(hidden) - n), value=IGNORE)
         if len(labels) <= size:
             loss, right = self.loss(hidden, labels)
         else:
             chunks = zip(hidden.split(size), labels.split(size))
             losses = [checkpoint(self.loss, *chunk, use_reentrant=False) for chunk in chunks]
             loss, right = sum(loss for loss, _ in losses), sum(right for _, right in losses)
-        return loss, torch.tensor(len(labels), device=hidden.device), right
+        return loss, torch.tensor(n, device=hidden.device), right
 
     def loss(self, hidden, labels):
         """hidden (targets, H), labels (targets,) -> (summed cross-entropy, number predicted right)."""

@@ -20,6 +20,7 @@ command, run again, builds the shards that are missing.
 """
 import csv
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -46,9 +47,10 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_from_disk
 
 from omni.audio import SAMPLE_RATE, UNIT_RATE, UNIT_VOCAB, read_audio, wav_bytes
+from omni.augment import CONDITIONS, augment
 from omni.codec import load_encoder
 from omni.configure import did_you_mean, fail
-from omni.espeak import draw_voice, speak
+from omni.espeak import draw_voice, plain, speak
 from omni.files import read_json, replace_file, replace_folder, sha256
 
 SOURCES = ("tiny", "instructs2s", "folder", "text")
@@ -61,6 +63,7 @@ FEATURES = Features({
     "speech": List({"bytes": Value("binary"), "path": Value("string")}),  # Audio would copy the files
     "samples": List(Value("int32")),
     "replies": List(Value("string")),
+    "spoken": List(Value("string")),
     "answers": List(Value("string")),
     "units": List(List(Value("int16"))),
 })
@@ -81,7 +84,7 @@ def records(cfg):
     if cfg.source == "tiny":
         from tiny import world  # here, because no other source needs it
 
-        yield from world.dialogues(cfg.seed, {split: getattr(cfg, split) for split in SPLITS})
+        yield from world.dialogues(cfg.seed, {split: getattr(cfg, split) for split in SPLITS}, cfg.voices)
         return
     try:
         with open(cfg.path, encoding="utf-8-sig", newline="") as file:
@@ -150,7 +153,8 @@ def parse(cfg, record):
     """A record of any source -> {"id", "users", "replies", ...}, where lists have one item for each turn.
 
     Keys that some sources lack: "speech" and "said" (paths of the user's and the assistant's recordings),
-    "units", "split", "voice", "topics", "answers". Raises LeftOut if the record does not have the form of its
+    "units", "split", "voice", "voices" (of the user's turns), "topics", "answers", "spoken" (the replies,
+    with marks that say how they are spoken). Raises LeftOut if the record does not have the form of its
     source.
     """
     if not isinstance(record, dict):
@@ -254,15 +258,20 @@ def recording(cfg, path):
 
 
 def synthesize(cfg, text, voice):
-    """Say `text` with the command cfg.tts, or with espeak-ng -> float32 tensor (samples,) at 16 kHz.
+    """Say `text` with the command cfg.tts, or with espeak-ng -> float32 tensor (samples,) at 16 kHz. Only
+    espeak-ng knows marks.
 
     Raises LeftOut, with the last line that the command wrote to stderr.
     """
     try:
+        if cfg.tts is None and cfg.source == "tiny":
+            from tiny.voices import say_all  # here, because no other source needs it
+
+            return torch.from_numpy(say_all([(text, voice)])[0])
         if cfg.tts is None:
             return torch.from_numpy(speak(text, voice))
         with tempfile.TemporaryDirectory() as folder:
-            return run_synthesizer(cfg.tts, text, voice, os.path.join(folder, "speech.wav"))
+            return run_synthesizer(cfg.tts, plain(text), voice, os.path.join(folder, "speech.wav"))
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
         raise LeftOut("the synthesizer failed", str(e)) from e
 
@@ -290,6 +299,27 @@ def run_synthesizer(template, text, voice, wav):
         return read_audio(wav)
     except ValueError as e:
         raise ValueError(str(e).replace(wav, "{wav}")) from e
+
+
+def hear(cfg, wav, split, seed):
+    """What a microphone makes of a question of the embedded world, wav (samples,) at 16 kHz.
+
+    In the training and the validation split another room, noise and microphone for each question, unless
+    cfg.augment is off; with cfg.condition the same condition for all questions of all splits.
+    """
+    rng = random.Random(seed)
+    if cfg.condition:
+        return torch.from_numpy(CONDITIONS[cfg.condition](wav.numpy(), rng))
+    if cfg.augment and split != "test":
+        return torch.from_numpy(augment(wav.numpy(), rng))
+    return wav
+
+
+@functools.lru_cache(maxsize=10000)
+def synthesized_units(cfg, encode, text):
+    """The units of a reply that the synthesizer says. Replies of the embedded world occur fifteen times each
+    on average."""
+    return encode(synthesize(cfg, text, cfg.assistant)).tolist()
 
 
 def to_units(units):
@@ -328,6 +358,7 @@ def make_row(cfg, encode, number, record):
     clean_text(name)
     users = [clean_text(text) for text in turns["users"]]
     replies = [clean_text(text) for text in turns["replies"]]
+    spoken = turns.get("spoken", replies)
     n = len(replies)
     split = turns.get("split") or split_by_name(name, cfg.held_out)
     voice = turns.get("voice", "")
@@ -337,8 +368,10 @@ def make_row(cfg, encode, number, record):
 
     speech, samples = [], []                          # they stay empty for a released JSON without recordings
     if cfg.source in ("tiny", "text"):
-        for text in users:
-            wav = synthesize(cfg, text, voice)
+        for t, (text, of_turn) in enumerate(zip(users, turns.get("voices") or [voice] * n)):
+            wav = synthesize(cfg, text, of_turn)
+            if cfg.source == "tiny":
+                wav = hear(cfg, wav, split, f"{cfg.seed} {name} {t}")
             speech.append({"bytes": wav_bytes(wav.numpy()), "path": None})
             samples.append(len(wav))
     elif cfg.audio_root:
@@ -350,12 +383,14 @@ def make_row(cfg, encode, number, record):
         units = [to_units(u) for u in turns["units"]]
     else:
         units = []
-        for text, path in zip(replies, turns.get("said") or [None] * n):
-            wav = recording(cfg, path) if path else synthesize(cfg, text, cfg.assistant)
-            units.append(encode(wav).tolist())
+        for text, path in zip(spoken, turns.get("said") or [None] * n):
+            if path:
+                units.append(encode(recording(cfg, path)).tolist())
+            else:
+                units.append(synthesized_units(cfg, encode, text))
     return split, {"id": name, "voice": voice, "topics": turns.get("topics", [""] * n), "users": users,
                    "speech": speech, "samples": samples, "replies": replies,
-                   "answers": turns.get("answers", [""] * n), "units": units}
+                   "spoken": spoken, "answers": turns.get("answers", [""] * n), "units": units}
 
 
 def shard_folder(folder, number):

@@ -4,11 +4,14 @@ The synthesizer: espeak-ng, called through ctypes, and its voices.
 Why: the embedded world has no recordings, and users who bring only texts may have none either. espeak-ng
 comes as the wheel `espeakng-loader`, so nothing has to be installed as root.
 
-How: `speak(text, voice)` says a sentence. A voice is "accent+variant:rate:pitch", and `draw_voice` draws one.
-Every voice belongs to one split, so a test dialogue is asked in a voice that was never heard in training.
+How: `speak(text, voice)` says a sentence; marks in it, such as <stress>, change how a part is said. A voice
+is "accent+variant:rate:pitch", and `draw_voice` draws one. Every voice belongs to one split, so a test
+dialogue is asked in a voice that was never heard in training.
 """
 import ctypes
 import functools
+import re
+from xml.sax.saxutils import escape
 
 import librosa
 import numpy as np
@@ -27,6 +30,28 @@ VARIANTS = {
 }
 ASSISTANT = "en-us+edward:165:50"                     # of every reply: accent+variant:words/min:pitch
 
+STYLES = {                                            # mark -> SSML's prosody
+    "stress": 'pitch="+40%" rate="80%"',              # of the word that answers a question
+    "merry": 'pitch="+30%" rate="110%"',
+    "calm": 'pitch="-15%" rate="85%"',
+}
+MARK = re.compile(f"<(/?)({'|'.join(STYLES)})>")
+
+
+def plain(text):
+    """A text without its marks: "<stress>Rome</stress> is in Italy." -> "Rome is in Italy."."""
+    return MARK.sub("", text)
+
+
+def ssml(text):
+    """A text with marks -> the same in SSML, which espeak-ng reads."""
+    pieces = MARK.split(text)                         # text, "" or "/", mark, text ...
+    out = escape(pieces[0])
+    for slash, mark, rest in zip(pieces[1::3], pieces[2::3], pieces[3::3]):
+        out += "</prosody>" if slash else f"<prosody {STYLES[mark]}>"
+        out += escape(rest)
+    return out
+
 
 def draw_voice(rng, split, accents=ACCENTS):
     """Draw a voice "accent+variant:rate:pitch" of a split: 130 to 190 words/min, pitch 25 to 75 of 99."""
@@ -40,7 +65,7 @@ class Event(ctypes.Structure):                        # espeak_EVENT of speak_li
                 ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
 
 
-SYNCHRONOUS, PHONEME_EVENTS, UTF8, RATE, PITCH, PHONEME = 2, 1, 1, 1, 3, 7      # constants of speak_lib.h
+SYNCHRONOUS, PHONEME_EVENTS, UTF8, SSML, RATE, PITCH, PHONEME = 2, 1, 1, 16, 1, 3, 7     # of speak_lib.h
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event))
 chunks, phoneme_times = [], []                        # what espeak-ng has said since `speak` was called
 
@@ -72,7 +97,8 @@ def start_espeak():
 
 
 def speak(text, voice, phonemes=False):
-    """Say `text` with espeak-ng. Not thread-safe (espeak-ng has one global state): use processes.
+    """Say `text`, which may hold marks (STYLES), with espeak-ng. Not thread-safe (espeak-ng has one global
+    state): use processes.
 
     voice    "accent+variant:rate:pitch", such as ASSISTANT
     Returns  float32 (samples,) at 16 kHz, within [-1, 1]; with phonemes=True also [(second, phoneme), ...]
@@ -89,8 +115,11 @@ def speak(text, voice, phonemes=False):
     library.espeak_SetParameter(PITCH, pitch, 0)
     chunks.clear()
     phoneme_times.clear()
+    flags = UTF8
+    if MARK.search(text):
+        text, flags = ssml(text), UTF8 | SSML
     data = text.encode()
-    library.espeak_Synth(data, len(data) + 1, 0, 1, 0, UTF8, None, None)
+    library.espeak_Synth(data, len(data) + 1, 0, 1, 0, flags, None, None)
     if not chunks:
         raise ValueError(f"espeak-ng made no sound of {text!r}")
     wav = np.concatenate(chunks).astype(np.float32) / 32768

@@ -5,6 +5,10 @@ Why: dialogues differ in length, and a batch that pads each to the longest spend
 Every layer but attention works on single positions, so it does not care where a row ends. Only attention
 does: here the rows are gathered into rectangles of similar length, attended, and put back. It is registered
 as an attention function of transformers, so Qwen2 stays theirs.
+
+Few shapes: oneDNN, which computes matrix products on CPUs, builds a new kernel for each shape that it meets,
+and that takes longer than the product. So the sum of the lengths and the sides of the rectangles are rounded
+up; what is added holds zeros, and nothing reads it.
 """
 import torch
 import torch.nn.functional as F
@@ -33,10 +37,10 @@ def attention(q, k, v, mask, causal):
 
     Rows are padded on the right, so causal attention needs no mask.
     """
-    if q.is_cuda:
+    if q.is_cuda or not torch.is_grad_enabled():
         mask = None if causal else mask
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-    # on CPU the backward of torch's fused attention is slower than plain products: 348 against 300 ms a step
+    # on CPU the backward of torch's fused attention is slower than that of plain products
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     weights = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
@@ -47,35 +51,47 @@ def attention(q, k, v, mask, causal):
     return weights.float().softmax(-1).to(v.dtype) @ v
 
 
+def round_up(n, step=256):
+    return -(-n // step) * step
+
+
+def pad_to(x, n):
+    """x (m, ...) -> (n, ...), with zeros after it."""
+    return torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
+
+
 class Rows:
-    """Rows of several lengths laid end to end, (T, ...) with T the sum of the lengths. The networks compute
-    on these, so no position is padding. Only attention needs rows side by side: it gets rectangles of rows of
-    similar length."""
+    """Rows of several lengths laid end to end, (T, ...) with T the sum of the lengths, rounded up. The
+    networks compute on these, so hardly a position is padding. Only attention needs rows side by side: it
+    gets rectangles of rows of similar length."""
 
     def __init__(self, lengths, device="cpu", tolerance=0.8):
         """lengths: list of the rows' lengths; tolerance: shortest row of a rectangle, as a share of its
         longest."""
         ends = torch.tensor(lengths).cumsum(0).tolist()
+        self.total = round_up(ends[-1])               # T
         groups = []
         for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             if not groups or lengths[i] < tolerance * lengths[groups[-1][0]]:
                 groups.append([])
             groups[-1].append(i)
-        self.shapes = [(len(group), lengths[group[0]]) for group in groups]          # (B, L) of each
-        rectangles = []
-        for group, (_, L) in zip(groups, self.shapes):
-            column = torch.arange(L)
-            rows = [torch.where(column < lengths[i], ends[i] - lengths[i] + column, -1) for i in group]
-            rectangles.append(torch.stack(rows))      # (B, L): place in T, or -1
-        self.masks = []                               # of the keys, (B, 1, 1, L)
-        for at in rectangles:
-            ragged = bool((at < 0).any())
-            self.masks.append((at >= 0)[:, None, None].to(device) if ragged else None)
+        rectangles, self.masks = [], []               # masks of the keys, (B, 1, 1, L)
+        for group in groups:
+            L = round_up(lengths[group[0]], 16)
+            at = torch.full((round_up(len(group), 4), L), -1)         # (B, L): place in T, or -1
+            for row, i in enumerate(group):
+                at[row, :lengths[i]] = torch.arange(ends[i] - lengths[i], ends[i])
+            rectangles.append(at)
+            mask = at >= 0
+            mask[len(group):] = True                  # rows of zeros: a softmax over no keys would be NaN
+            self.masks.append(mask[:, None, None].to(device))
+        self.shapes = [at.shape for at in rectangles]
         index = torch.cat([at.flatten() for at in rectangles])                       # (sum of B L,)
-        back = torch.empty(ends[-1], dtype=torch.long)
+        back = torch.full((self.total,), -1)
         back[index[index >= 0]] = torch.arange(len(index))[index >= 0]
         self.index, self.back = index.to(device), back.to(device)
-        self.position = torch.cat([torch.arange(n) for n in lengths]).to(device)     # (T,): place in its row
+        position = torch.cat([torch.arange(n) for n in lengths])
+        self.position = pad_to(position, self.total).to(device)       # (T,): place in its row
 
     def rectangles(self, x):
         """(T, H, d) -> for each rectangle (B, H, L, d)."""

@@ -8,6 +8,7 @@
 # are skipped.
 set -euo pipefail
 started=$SECONDS
+processes=$(( $(nproc) < 4 ? $(nproc) : 4 ))
 machine="$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 times=()
 step() {                               # step "name" "why" command...
@@ -19,10 +20,8 @@ step() {                               # step "name" "why" command...
     printf '=== %s: %d s on %s\n' "$name" $((SECONDS - start)) "$machine"
 }
 setup() { source runs/setup.sh; }
-train() {
-    accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-        train.py "$1"
-}
+# On CPU a process per core trains almost twice as fast as one process with two threads.
+train() { torchrun --nproc_per_node "$processes" train.py "$1"; }
 
 cd "$(dirname "$0")/.."
 step "environment" "A virtual environment with the packages of requirements.txt." setup

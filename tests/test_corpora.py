@@ -22,10 +22,13 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer
 
 from data import DataConfig, Dialogues, clips, collate
+from omni.audio import SAMPLE_RATE, log_mel
+from omni.augment import telephone
 from omni.configure import configure
 from omni.corpus import SPLITS, LeftOut, build, json_array, load_corpus, parse, records, to_units
-from omni.espeak import ASSISTANT
+from omni.espeak import ASSISTANT, plain, speak
 from tiny.codec import NanoCodec
+from tiny.unclear import LANGUAGE_OF
 
 ROOT = Path(__file__).parent.parent
 TTS = """
@@ -524,6 +527,115 @@ def test_tools_that_do_not_work_are_refused_at_once(recordings, monkeypatch, cap
     for tts in ("no-such-synthesizer {wav}", "cat", "cat {wav} 'open", "cat {wav} {voice}"):
         with pytest.raises(ValueError):
             DataConfig(source="text", path="x", tts=tts)
+
+
+# ----------------------------------------------------------------------------------------- the embedded world
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """The same few dialogues as a corpus with and without augmentation, and in one condition."""
+    at = tmp_path_factory.mktemp("worlds")
+    torch.manual_seed(0)
+    NanoCodec(dim=16, phonemes="a").save(at / "codec.pt")
+    corpora = {}
+    for name, options in (("rooms", []), ("plain", ["--augment", False]),
+                          ("telephone", ["--condition", "telephone"])):
+        with pytest.MonkeyPatch.context() as patch:
+            build_here(patch, tiny_command(at, name, *options))
+        corpora[name] = rows_of(at / name)
+    return at, corpora
+
+
+def tiny_command(at, out_dir, *more):
+    sizes = "--train", 24, "--validation", 6, "--test", 24
+    words = (sys.executable, "data.py", "--out_dir", at / out_dir, "--codec", at / "codec.pt",
+             "--processes", 1, *sizes, *more)
+    return [str(word) for word in words]
+
+
+def clips_of(rows):
+    """[(text, clip (samples,))] of all questions."""
+    return [(text, clip.numpy()) for row in rows for text, clip in zip(row["users"], clips(row), strict=True)]
+
+
+def alike(one, other):
+    """Are these renderings of the same text? espeak-ng keeps a state: samples differ, and one may end 60 ms
+    later. We compare the mean log-mels, in which 0.1 is 4 dB; renderings differ by up to 0.04, and a
+    telephone makes a difference of 0.7 or more."""
+    means = [log_mel(torch.from_numpy(wav), 80, pad=False).mean(1) for wav in (one, other)]
+    difference = (means[0] - means[1]).abs().max().item()
+    return difference < 0.1 and abs(len(one) - len(other)) < 0.07 * SAMPLE_RATE
+
+
+def test_replies_are_spoken_with_their_marks(worlds):
+    """The texts are learned without marks; the units are of the speech with them, so they take longer."""
+    at, corpora = worlds
+    stressed = 0
+    for row in corpora["plain"]["train"] + corpora["plain"]["test"]:
+        assert row["replies"] == [plain(text) for text in row["spoken"]]
+        for spoken, units in zip(row["spoken"], row["units"]):
+            assert abs(len(units) - 25 * len(speak(spoken, ASSISTANT)) / SAMPLE_RATE) < 2.6
+            stressed += "<stress>" in spoken
+    assert stressed > 15
+    for name in ("rooms", "telephone"):               # the sound of the questions changes nothing else
+        for split in SPLITS:
+            for a, b in zip(corpora[name][split], corpora["plain"][split], strict=True):
+                assert all(a[key] == b[key] for key in ("id", "users", "replies", "spoken", "answers"))
+
+
+def test_only_training_questions_are_augmented(worlds):
+    """--augment changes most questions of the training and the validation split, the test's stay clean."""
+    _, corpora = worlds
+    for split, least, most in (("train", 0.6, 0.95), ("validation", 0.5, 1), ("test", 0, 0)):
+        pairs = list(zip(clips_of(corpora["rooms"][split]), clips_of(corpora["plain"][split]), strict=True))
+        changed = [not alike(heard, said) for (_, heard), (_, said) in pairs]
+        assert least <= np.mean(changed) <= most, (split, changed)
+
+
+def test_plain_questions_are_what_their_voices_say(worlds):
+    """English and other languages by espeak-ng, and sounds of their seconds; in the training split, too."""
+    _, corpora = worlds
+    kinds = set()
+    for split in SPLITS:
+        for row in corpora["plain"][split]:
+            for (text, clip), samples in zip(clips_of([row]), row["samples"]):
+                assert len(clip) == samples
+                if text.startswith("("):
+                    assert 0.8 * SAMPLE_RATE <= samples <= 4 * SAMPLE_RATE and samples % 1600 == 0
+                    kinds.add("sound")
+                elif text not in LANGUAGE_OF:
+                    assert alike(clip, speak(text, row["voice"])), (text, row["voice"])
+                    kinds.add("english")
+                else:
+                    kinds.add("foreign")
+    assert kinds == {"english", "foreign", "sound"}
+
+
+def test_a_condition_is_that_of_the_test(worlds):
+    """--condition telephone: every test question, and nothing but the line between it and the plain one."""
+    _, corpora = worlds
+    plain_clips, heard = clips_of(corpora["plain"]["test"]), clips_of(corpora["telephone"]["test"])
+    for (text, said), (_, wav) in zip(plain_clips, heard, strict=True):
+        if not text.startswith("("):                  # 16 bits hide what the line leaves of some sounds
+            assert alike(telephone(said), wav) and not alike(said, wav), text
+
+
+def test_an_unknown_condition_is_refused(tmp_path, monkeypatch, capsys):
+    last = refusal(monkeypatch, capsys, tiny_command(tmp_path, "c", "--condition", "underwater"))
+    assert "condition is 'underwater'; it must be one of babble, fan, room, telephone" in last
+    assert not (tmp_path / "c").exists()
+
+
+def test_voices_of_the_users(worlds, monkeypatch):
+    """--voices: all English questions come from these; sounds and other languages stay what they are."""
+    at, corpora = worlds
+    voice = "en-us+f3:150:40"
+    build_here(monkeypatch, tiny_command(at, "one voice", "--voices", voice))
+    rows = load_corpus(str(at / "one voice"), "test")
+    assert set(rows["voice"]) == {voice}
+    for text, clip in clips_of(rows):
+        if not text.startswith("(") and text not in LANGUAGE_OF:
+            assert alike(clip, speak(text, voice)), text
 
 
 def test_units_in_any_form():

@@ -1,6 +1,7 @@
 """From sound to tensors and back: what is refused, a real recording, the embedded world, its codec."""
 import math
 import random
+import re
 from pathlib import Path
 
 import librosa
@@ -13,9 +14,8 @@ from safetensors.torch import load_file
 
 from model import expand_speech
 from omni.audio import log_mel, read_audio, read_wav, speech_positions, wav_bytes
-from omni.corpus import SPLITS
-from omni.espeak import draw_voice
-from tiny import world
+from omni.espeak import VARIANTS, draw_voice, plain
+from tiny import unclear, world
 from tiny.codec import FSQ, NanoCodec
 
 JFK = Path(__file__).parent / "data" / "jfk.flac"    # 11 s of 1961, public domain; openai-whisper's test clip
@@ -123,20 +123,85 @@ def test_wav_bytes_round_trip():
     assert loud[0] > 0.999 and loud[1] == -1
 
 
-def test_splits_share_no_question_and_no_voice():
-    """Held out means held out: neither a test sentence nor a test voice occurs in training."""
+def turns_of(split, dialogues):
+    rng = random.Random(split)
+    return [turn for _ in range(dialogues) for turn in world.dialogue(rng, split)]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """{split: the turns of a thousand dialogues or more}."""
+    return {"train": turns_of("train", 3000), "validation": turns_of("validation", 1000),
+            "test": turns_of("test", 2000)}
+
+
+PAIRS = (("train", "test"), ("train", "validation"), ("validation", "test"))
+
+
+def test_splits_share_no_question_and_no_voice(drawn):
+    """Held out means held out: neither a test sentence nor a test voice occurs in training. Validation asks
+    unclear questions in the words of the training split."""
     said, voices = {}, {}
-    for split in SPLITS:
+    for split, turns in drawn.items():
+        said[split] = {t["user"] for t in turns if t["topic"] not in ("recalling", "manners")}
         rng = random.Random(split)
-        turns = [t for _ in range(600) for t in world.dialogue(rng, split)]
-        shared = ("recalling", "manners")
-        said[split] = {t["user"] for t in turns if t["topic"] not in shared}
-        drawn = [draw_voice(rng, split) for _ in range(400)]
-        voices[split] = {voice.split("+")[1].split(":")[0].lower() for voice in drawn}
-    for a, b in (("train", "test"), ("train", "validation"), ("validation", "test")):
-        assert len(said[a]) > 100 and not said[a] & said[b]
+        names = [draw_voice(rng, split) for _ in range(400)]
+        voices[split] = {voice.split("+")[1].split(":")[0].lower() for voice in names}
+    unclear = {t["user"] for turns in drawn.values() for t in turns if t["topic"] == "unclear"}
+    for a, b in PAIRS:
+        shared = said[a] & said[b]
+        assert len(said[a]) > 300 and shared <= (set() if "test" in (a, b) else unclear)
         assert len(voices[a]) >= 4 and not voices[a] & voices[b]
     assert not any("edward" in variants for variants in voices.values())        # the assistant's own
+
+
+def test_replies_of_the_test_are_unheard_of(drawn):
+    """A speech LM that recites whole replies fails on some: no training or validation dialogue holds them."""
+    taught = {t["assistant"] for split in ("train", "validation") for t in drawn[split]}
+    composed = {topic.__name__ for topic in world.COMPOSED}
+    new = [t for t in drawn["test"] if t["assistant"] not in taught and t["topic"] in composed]
+    held_out = [t for t in new if world.share(f"reply {t['assistant']}") < 0.2]
+    assert len(held_out) > 0.1 * len(drawn["test"]) and {t["topic"] for t in held_out} == composed
+    for t in drawn["train"] + drawn["validation"]:
+        assert t["topic"] not in composed or world.share(f"reply {t['assistant']}") >= 0.2, t
+
+
+def test_the_unclear_test_is_new(drawn):
+    """Frames, languages and kinds of sound of the test do not occur in training; only the words of the frames
+    may. Nor is any of them a question that this world answers."""
+    for parts in (unclear.FRAMES, unclear.SOUNDS, unclear.LANGUAGES):
+        assert parts.keys() == {"train", "test"} and not set(parts["train"]) & set(parts["test"])
+    foreign = [set().union(*unclear.LANGUAGES[split].values()) for split in ("train", "test")]
+    assert not foreign[0] & foreign[1]
+    holes = {name: f"(?:{'|'.join(map(re.escape, words))})" for name, words in unclear.WORDS.items()}
+    patterns = [re.sub(r"\\{(\w+)\\}", lambda hole: holes[hole[1]], re.escape(frame))
+                for frame in unclear.FRAMES["train"]]
+    for t in drawn["test"]:
+        assert t["topic"] != "unclear" or not any(re.fullmatch(p, t["user"]) for p in patterns), t
+    for t in drawn["train"]:                          # the patterns find what they are for
+        if t["topic"] == "unclear" and t["user"][0] != "(" and t["user"] not in foreign[0]:
+            assert any(re.fullmatch(p, t["user"]) for p in patterns), t
+    known = {word for words in (*world.KINDS.values(), world.COLORS, world.OPPOSITE) for word in words}
+    assert not known & {word for words in unclear.WORDS.values() for word in words}
+
+
+def test_unclear_turns_have_the_voice_of_their_text():
+    """Within one dialogue: the user's voice for English, the language's for other languages, and a sound."""
+    rng, kinds = random.Random(0), set()
+    for row in world.dialogues(0, {"train": 400, "test": 100}):
+        for text, topic, voice in zip(row["users"], row["topics"], row["voices"]):
+            if text.startswith("("):
+                kind, seconds, seed = voice.removeprefix("sound/").split(":")
+                assert topic == "unclear" and text == f"({kind})" and 0.8 <= float(seconds) <= 4
+                kinds.add("sound")
+            elif text in unclear.LANGUAGE_OF:
+                language, variant = voice.split("+")
+                assert topic == "unclear" and language == unclear.LANGUAGE_OF[text]
+                assert variant.split(":")[0] in VARIANTS[row["split"]]
+                kinds.add("foreign")
+            else:
+                assert voice == row["voice"] and unclear.voice_of(rng, text, row["split"]) is None
+    assert kinds == {"sound", "foreign"}
 
 
 def test_nothing_to_remember_is_unheard_of():
@@ -145,14 +210,80 @@ def test_nothing_to_remember_is_unheard_of():
         assert [v for v in values if all(world.split_of(w.format(v)) != "train" for w in ways)] == []
 
 
-def test_every_answer_is_in_its_reply():
+@pytest.fixture(scope="module")
+def taught():
+    """The (question, reply) that training can draw: of each topic of knowledge, nearly all."""
+    found, rng = set(), random.Random(0)
+    for name in ("arithmetic", "capitals", "cities", "colors", "opposites", "calendar", "kinds"):
+        topic = getattr(world, name)
+        for _ in range(10000):
+            question, spoken, _ = topic(rng, {})
+            reply = plain(spoken)
+            if world.split_of(question, reply if topic in world.COMPOSED else None) == "train":
+                found.add((question.lower(), reply.lower()))
+    return found
+
+
+def missing(taught, facts):
+    """Which of the facts, each a list of texts that all say it, training never says."""
+    said = "\n".join(reply for _, reply in taught)
+    return [ways for ways in facts if not any(way.lower() in said for way in ways)]
+
+
+def test_every_fact_is_taught(taught):
+    """Questions and replies are held out, but never all that state a fact: the model could not know it."""
+    n = world.NUMBERS
+    pairs = [(x, y) for x in range(10) for y in range(10)]
+    assert missing(taught, [[f"{n[x]} plus {n[y]} is {n[x + y]}."] for x, y in pairs]) == []
+    assert missing(taught, [[f"{n[x]} minus {n[y]} is {n[x - y]}."] for x, y in pairs if x >= y]) == []
+    assert missing(taught, [[f"capital of {country} is {city}.", f"{city} is the capital of {country}."]
+                            for country, city in world.CAPITALS.items()]) == []
+    assert missing(taught, [[f"The opposite of {word} is {other}.", f"{other} is the opposite of {word}."]
+                            for word, other in world.OPPOSITE.items()]) == []
+    assert missing(taught, [[f"{world.a(x)} is {color}."] for x, color in world.COLORS.items()]) == []
+    for names in (world.DAYS, world.MONTHS):
+        neighbors = zip(names, names[1:] + names[:1])
+        assert missing(taught, [[f"{second} comes after {first}.", f"{first} comes before {second}."]
+                                for first, second in neighbors]) == []
+
+
+def test_every_kind_is_taught(taught):
+    """What each thing is."""
+    for kind, things in world.KINDS.items():
+        named = [world.a(x) if kind in ("animal", "fruit", "vegetable") else x for x in things]
+        assert missing(taught, [[f"{name} is {world.a(kind)}."] for name in named]) == []
+
+
+def test_every_answer_is_in_its_reply(drawn):
     """eval.py looks for the answer in the reply; it would count all replies of the corpus as right."""
     def letters(text):
         return "".join(c for c in text.lower() if c.isalnum() or c == " ")
 
-    turns = [t for i in range(500) for t in world.dialogue(random.Random(i), "train")]
-    assert {t["topic"] for t in turns} >= {"recalling", "counting", "repeating"}
-    assert [t for t in turns if letters(t["answer"]) not in letters(t["assistant"])] == []
+    assert {t["topic"] for t in drawn["train"]} == {topic.__name__ for topic in world.TOPICS} | {"recalling"}
+    for turns in drawn.values():
+        assert [t for t in turns if letters(t["answer"]) not in letters(t["assistant"])] == []
+
+
+def test_marks_are_only_spoken(drawn):
+    """The text that is learned has no marks; every reply that answers with a word stresses that word."""
+    for t in drawn["train"] + drawn["test"]:
+        assert "<" not in t["assistant"] + t["user"] and plain(t["spoken"]) == t["assistant"]
+        marked = re.findall(r"<stress>(.*?)</stress>", t["spoken"])
+        assert len(marked) <= 1
+        if t["topic"] in ("arithmetic", "capitals", "opposites", "calendar"):
+            assert marked and marked[0].lower() == t["answer"].lower()
+
+
+@pytest.mark.parametrize("split, least", [("train", 50), ("test", 20)])
+def test_the_same_words_are_said_in_two_ways(drawn, split, least):
+    """Only the question tells which word is stressed, so a speech LM that sees the text alone cannot know."""
+    ways = {}
+    for t in drawn[split]:
+        ways.setdefault(t["assistant"], {}).setdefault(t["spoken"], set()).add(t["user"])
+    twice = [spoken for spoken in ways.values() if len(spoken) > 1]
+    assert len(twice) >= least
+    for first, second in (list(spoken.values())[:2] for spoken in twice):
+        assert not first & second                     # a question has one right stress
 
 
 # -------------------------------------------------------------------------------------------------- the codec

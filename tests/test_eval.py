@@ -2,22 +2,27 @@
 that occur, the judge's language model; silent replies and other corpora neither stop nor distort them."""
 import json
 import math
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Dataset
 
 import eval as evaluation
 from eval import EvalConfig, find_originals, judge_speech, judge_text, language_model, occurs, word_error_rate
 from omni.audio import wav_bytes
+from omni.espeak import ASSISTANT, plain, speak
 
 
 def turn(**more):
     """A turn that was answered right, aloud and heard well."""
     return {"id": "a", "dialogue": 0, "turn": 0, "topic": "capitals", "question": "Capital of France?",
-            "reference": "It is Paris.", "answer": "Paris", "text": "It is Paris.", "notes": [],
+            "reference": "It is Paris.", "spoken": "It is <stress>Paris</stress>.", "answer": "Paris",
+            "text": "It is Paris.", "notes": [],
             "wav": np.full(16000, 0.1, np.float32), "heard_bigram": "it is paris",
             "heard_word_loop": "its perished", "first_text": 0.1, "first_audio": 0.2, "seconds": 0.5} | more
 
@@ -26,7 +31,7 @@ def row(seconds=1.0):
     wav = 0.1 * np.random.default_rng(0).standard_normal(int(16000 * seconds))
     speech = [{"bytes": wav_bytes(wav), "path": None}]
     return {"id": "a", "users": ["Capital of France?"], "speech": speech, "topics": ["capitals"],
-            "replies": ["It is Paris."], "answers": ["Paris"]}
+            "replies": ["It is Paris."], "spoken": ["It is <stress>Paris</stress>."], "answers": ["Paris"]}
 
 
 @pytest.mark.parametrize("reference,hypothesis,errors,length", [
@@ -84,6 +89,104 @@ def test_a_corpus_without_answers_has_no_figures_of_them():
     assert judge_text([turn()], [True]) == {"turns": 1, "exact": 100, "exact_typed": 100, "s2t": 100}
     assert "s2s_bigram" not in judge_speech([turn(answer="")], [])
 
+
+def test_what_is_not_understood_is_counted_by_itself():
+    """Two good questions, one answered; three unclear ones, two of them caught; one good question refused."""
+    refusal = "I did not understand that."
+    unclear = {"topic": "unclear", "reference": refusal, "answer": "understand"}
+    turns = [turn(), turn(text=refusal), turn(text=refusal, **unclear), turn(text=refusal, **unclear),
+             turn(text="It is Paris.", **unclear)]
+    assert judge_text(turns, None) == {
+        "turns": 5, "exact": 50, "unclear": 3, "caught": pytest.approx(200 / 3), "refused": 50, "s2t": 60}
+    assert "caught" not in judge_text(turns[:2], None)
+
+
+def test_memory_is_counted_by_itself():
+    turns = [turn(), turn(topic="recalling"), turn(topic="recalling", text="It is Rome.")]
+    result = judge_text(turns, None)
+    assert result["needing_history"] == 2 and result["exact_needing_history"] == 50
+
+
+@pytest.mark.parametrize("more", [["--topics", "colors"], ["--topics", "colors,counting"], []], ids=str)
+def test_topics_keep_only_their_turns(tmp_path, monkeypatch, more):
+    """The whole dialogue is held, as its earlier turns may matter, but only these turns are judged."""
+    talks = [["capitals", "colors"], ["capitals"], ["counting", "colors"], ["telling"]]
+    rows = [row() | {"id": f"d{d}", "topics": topics} for d, topics in enumerate(talks)]
+
+    def answer_all(omni, tokenizer, codec, rows, sampling):
+        answered = [turn(dialogue=d, turn=t, topic=topic, id=row["id"])
+                    for d, row in enumerate(rows) for t, topic in enumerate(row["topics"])]
+        return answered, torch.zeros(0)
+    network = torch.nn.Identity()
+    monkeypatch.setattr(evaluation, "load_corpus", lambda corpus, split: Dataset.from_list(rows))
+    monkeypatch.setattr(evaluation, "answer_all", answer_all)
+    monkeypatch.setattr(evaluation.checkpoint, "load", lambda ckpt: (network, None, None))
+    arguments = ["--text", "true", "--keep", "0", "--corpus", str(tmp_path), "--out", str(tmp_path), *more]
+    monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+    evaluation.main()
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    wanted = set(more[1].split(",")) if more else {topic for topics in talks for topic in topics}
+    expected = [(f"d{d}", topic) for d, topics in enumerate(talks) for topic in topics if topic in wanted]
+    assert [(reply["id"], reply["topic"]) for reply in figures["replies"]] == expected
+    assert figures["dialogues"] == len({name for name, _ in expected}) and figures["turns"] == len(expected)
+
+
+# --------------------------------------------------------------------------------------------------- stress
+
+def test_contour_follows_the_pitch():
+    """Half a second of 100 Hz, silence, then 150 Hz: seven semitones higher, times 0.3; bridged between."""
+    hz = np.repeat([100, 150], 8000)
+    wav = sum(np.sin(2 * np.pi * k * np.cumsum(hz) / 16000) for k in range(1, 9)).astype(np.float32) / 8
+    wav[6400:9600] = 0
+    pitch = evaluation.contour(wav)[80]
+    assert pitch.shape == (100,)
+    low, high = pitch[5:35], pitch[65:95]
+    assert high.mean() - low.mean() == pytest.approx(0.3 * 12 * math.log2(1.5), abs=0.02)
+    assert low.std() < 0.02 and high.std() < 0.02 and low.mean() < pitch[50] < high.mean()
+    assert not evaluation.contour(np.zeros(16000, np.float32))[80].any()
+
+
+REPLIES = ["Three plus four is <stress>seven</stress>.", "<stress>Hard</stress> is the opposite of soft.",
+           "Hard is the opposite of <stress>soft</stress>.", "<stress>Monday</stress> comes before Tuesday.",
+           "Monday comes before <stress>Tuesday</stress>.", "The capital of Italy is <stress>Rome</stress>.",
+           "<stress>Rome</stress> is the capital of Italy.", "No, a frog is <stress>green</stress>."]
+
+
+@pytest.mark.parametrize("spoken", REPLIES)
+def test_the_stressed_word_is_found(spoken):
+    """In espeak-ng's own speech with 20 dB of noise, 5 % faster: any guess is right for one word in five. In
+    the same voice, but unstressed, it is not found."""
+    before = spoken.partition("<stress>")[0]
+    right, found = len(before.split()), []
+    for text in (spoken, plain(spoken)):
+        wav = librosa.resample(speak(text, ASSISTANT), orig_sr=16000, target_sr=round(16000 / 1.05))
+        noise = np.random.default_rng(0).standard_normal(len(wav), np.float32)
+        noisy = wav + 0.1 * wav.std() * noise
+        found.append(evaluation.stressed_word((noisy, plain(spoken), ASSISTANT)))
+    assert found[0] == right and found[1] != right
+
+
+def test_stress_is_judged_where_one_word_answers(monkeypatch):
+    """Of the exact replies; silent ones stress nothing, and other replies do not count."""
+    pool = SimpleNamespace(Pool=lambda processes: ThreadPool(1))        # without the seconds to start one
+    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda method: pool)
+
+    def said(spoken, aloud, **more):
+        wav = librosa.resample(speak(aloud, ASSISTANT), orig_sr=16000, target_sr=24000)
+        return turn(reference=plain(spoken), text=plain(spoken), spoken=spoken, wav=wav) | more
+    last, first = REPLIES[5], REPLIES[6]
+    turns = [said(last, last), said(first, first),
+             said(first, "Rome is the capital of <stress>Italy</stress>."),
+             said(last, last, wav=np.zeros(0, np.float32)),
+             said(first, first, text="Athens is the capital of Italy."),          # not exact
+             said("<stress>A frog</stress> is green.", "A frog is green."),       # two words
+             said("I am fine, thank you.", "I am fine, thank you.")]
+    assert evaluation.judge_stress(turns, 24000, ASSISTANT) == {
+        "stressed_replies": 4, "stress": 50, "stressed_not_last_replies": 2, "stress_not_last": 50}
+    assert evaluation.judge_stress(turns[-1:], 24000, ASSISTANT) == {}
+
+
+# ------------------------------------------------------------------------------------------ other corpora
 
 @pytest.mark.parametrize("meta,llm,expected,left_out", [
     ({"source": "tiny", "tts": None, "assistant": "v"}, None, ("tiny/qwen2", "v"), ""),

@@ -19,7 +19,7 @@ from data import Dialogues, chat_ids, collate
 from model import IGNORE, PARTS, SPEECH, STAGES, expand_speech, forward_packed
 from omni import checkpoint, engine, watch
 from omni.audio import SAMPLE_RATE, clip_frames, log_mel, speech_positions
-from omni.packing import Rows
+from omni.packing import Rows, pad_to
 
 
 def noise_mel(omni, seconds, seed=0):
@@ -177,7 +177,8 @@ def test_attention_of_rows_end_to_end(causal):
     for seed, shape in enumerate(shapes):
         ours.append(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_())
     theirs = [x.detach().clone().requires_grad_() for x in ours]
-    y = Rows(LENGTHS).attend(*ours, causal)
+    rows = Rows(LENGTHS)
+    y = rows.attend(*(pad_to(x, rows.total) for x in ours), causal)[:sum(LENGTHS)]
     alone = []
     for q, k, v in zip(*(x.split(LENGTHS) for x in theirs)):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))         # (1, H, L, d)
@@ -195,10 +196,12 @@ def test_attention_of_rows_end_to_end(causal):
 def test_rows_are_laid_side_by_side_and_back():
     """Each position has one place in the rectangles, and rectangles of similar rows are mostly full."""
     rows = Rows(LENGTHS)
-    assert (rows.index[rows.back] == torch.arange(sum(LENGTHS))).all()
-    assert (rows.index >= 0).sum() == sum(LENGTHS)
-    assert rows.position.tolist() == [p for n in LENGTHS for p in range(n)]
-    assert rows.shapes == [(3, 30), (1, 17), (1, 12), (1, 5), (1, 2), (1, 1)]
+    n = sum(LENGTHS)
+    assert rows.total == 256 and (rows.back[n:] == -1).all()
+    assert (rows.index[rows.back[:n]] == torch.arange(n)).all()
+    assert (rows.index >= 0).sum() == n
+    assert rows.position[:n].tolist() == [p for n in LENGTHS for p in range(n)]
+    assert rows.shapes == [(4, 32), (4, 32), (4, 16), (4, 16), (4, 16), (4, 16)]
     assert sum(B * L for B, L in rows.shapes) == len(rows.index)
 
 

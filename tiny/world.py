@@ -15,10 +15,12 @@ too. So a test dialogue asks what was never asked in training, in a voice that w
 """
 import hashlib
 import random
+import re
 
 import numpy as np
 
-from omni.espeak import draw_voice
+from omni.espeak import draw_voice, plain
+from tiny.unclear import draw_unclear, voice_of
 
 # -------------------------------------------------------------------------------------------------- knowledge
 
@@ -57,10 +59,19 @@ def a(noun):
 
 
 def cap(text):
-    return text[0].upper() + text[1:]
+    """The text with a capital first letter, behind a mark if it begins with one."""
+    mark = re.match(r"(<\w+>)?", text)[0]
+    rest = text[len(mark):]
+    return mark + rest[0].upper() + rest[1:]
 
 
-# Each topic draws (question, reply, answer): the answer is the part of the reply that makes it right.
+def stress(text):
+    return f"<stress>{text}</stress>"
+
+
+# Each topic draws (question, reply, answer): the answer is the part of the reply that makes it right. Marks
+# in a reply say how it is spoken (omni/espeak.py). What answers the question is stressed, so "Paris is the
+# capital of France." is said in two ways, and only the question tells which.
 
 def arithmetic(rng, memory):
     x, y = rng.randint(0, 9), rng.randint(0, 9)
@@ -70,42 +81,66 @@ def arithmetic(rng, memory):
         x, y = max(x, y), min(x, y)
         op, z = f"{NUMBERS[x]} minus {NUMBERS[y]}", x - y
     q = rng.choice(["What is {}?", "How much is {}?", "Tell me, what is {}?", "Can you work out {}?"])
-    return q.format(op), f"{cap(op)} is {NUMBERS[z]}.", NUMBERS[z]
+    return q.format(op), f"{cap(op)} is {stress(NUMBERS[z])}.", NUMBERS[z]
 
 
 def capitals(rng, memory):
     country = rng.choice(list(CAPITALS))
+    q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}."])
+    return q.format(country), f"The capital of {country} is {stress(CAPITALS[country])}.", CAPITALS[country]
+
+
+def cities(rng, memory):
+    """What `capitals` teaches, in other words."""
+    country = rng.choice(list(CAPITALS))
     city = CAPITALS[country]
-    if rng.random() < 0.7:
-        q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}.",
-                        "Do you know the capital of {}?", "Which city is the capital of {}?"])
-        return q.format(country), f"The capital of {country} is {city}.", city
-    q = rng.choice(["{} is the capital of which country?", "In which country is {}?",
-                    "Where is the city of {}?", "Which country has the city of {}?"])
-    return q.format(city), f"{city} is in {country}.", country
+    asks, reply, answer = rng.choice([
+        (["Which city is the capital of {country}?", "Do you know the capital of {country}?"],
+         f"{stress(city)} is the capital of {country}.", city),
+        (["{city} is the capital of which country?", "Which country has the capital {city}?"],
+         f"{city} is the capital of {stress(country)}.", country),
+        (["In which country is {city}?", "Where is the city of {city}?"],
+         f"{city} is in {stress(country)}.", country),
+        (["Which city is in {country}?", "Tell me a city in {country}."],
+         f"{stress(city)} is in {country}.", city)])
+    return rng.choice(asks).format(city=city, country=country), reply, answer
 
 
 def opposites(rng, memory):
     word = rng.choice(list(OPPOSITE))
-    q = rng.choice(["What is the opposite of {}?", "Tell me the opposite of {}.",
-                    "Which word is the opposite of {}?", "What do you call the opposite of {}?"])
-    return q.format(word), f"The opposite of {word} is {OPPOSITE[word]}.", OPPOSITE[word]
+    other = OPPOSITE[word]
+    if rng.random() < 0.7:
+        q = rng.choice(["What is the opposite of {}?", "Tell me the opposite of {}.",
+                        "Which word is the opposite of {}?", "What do you call the opposite of {}?"])
+        return q.format(word), f"{cap(stress(other))} is the opposite of {word}.", other
+    q = rng.choice(["{} is the opposite of what?", "{} is the opposite of which word?"])
+    return q.format(cap(other)), f"{cap(other)} is the opposite of {stress(word)}.", word
 
 
 def calendar(rng, memory):
     names, kind = rng.choice([(DAYS, "day"), (MONTHS, "month")])
     i, (side, step) = rng.randrange(len(names)), rng.choice([("after", 1), ("before", -1)])
-    q = rng.choice(["Which {0} comes {1} {2}?", "What {0} comes {1} {2}?", "Tell me the {0} {1} {2}.",
-                    "What is the {0} {1} {2}?"])
-    other = names[(i + step) % len(names)]
-    return q.format(kind, side, names[i]), f"{other} comes {side} {names[i]}.", other
+    name, other = names[i], names[(i + step) % len(names)]
+    asks, reply, answer = rng.choice([
+        (["Which {kind} comes {side} {name}?", "What {kind} comes {side} {name}?",
+          "Tell me the {kind} {side} {name}.", "What is the {kind} {side} {name}?"],
+         f"{stress(other)} comes {side} {name}.", other),
+        (["{other} comes {side} which {kind}?", "{other} is the {kind} {side} what?"],
+         f"{other} comes {side} {stress(name)}.", name)])
+    return rng.choice(asks).format(kind=kind, side=side, name=name, other=other), reply, answer
 
 
 def colors(rng, memory):
     thing = rng.choice(list(COLORS))
-    q = rng.choice(["What color is {}?", "Tell me the color of {}.", "Which color does {} have?",
-                    "Do you know the color of {}?"])
-    return q.format(a(thing)), f"{cap(a(thing))} is {COLORS[thing]}.", COLORS[thing]
+    color = COLORS[thing]
+    if rng.random() < 0.7:
+        q = rng.choice(["What color is {}?", "Tell me the color of {}.", "Which color does {} have?",
+                        "Do you know the color of {}?"])
+        return q.format(a(thing)), f"{cap(a(thing))} is {stress(color)}.", color
+    other = rng.choice([x for x in COLORS if COLORS[x] != color])
+    q = rng.choice(["What is {}, {} or {}?", "Tell me what is {}, {} or {}."])
+    question = q.format(color, *rng.sample([a(thing), a(other)], 2))
+    return question, f"{cap(stress(a(thing)))} is {color}.", thing
 
 
 def kinds(rng, memory):
@@ -114,7 +149,7 @@ def kinds(rng, memory):
     name = a(thing) if kind in ("animal", "fruit", "vegetable") else thing
     q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is.",
                     "Do you know what {} is?"])
-    return q.format(name), f"{cap(name)} is {a(kind)}.", kind
+    return q.format(name), f"{cap(name)} is {stress(a(kind))}.", kind
 
 
 def counting(rng, memory):
@@ -129,20 +164,25 @@ def counting(rng, memory):
 
 
 def comparing(rng, memory):
-    x, y = rng.sample(range(len(SIZES)), 2)
     word = rng.choice(["bigger", "smaller"])
-    if (x > y) == (word == "bigger"):
-        winner, loser = SIZES[x], SIZES[y]
-    else:
-        winner, loser = SIZES[y], SIZES[x]
-    q = rng.choice(["Which is {}, {} or {}?", "What is {}, {} or {}?", "Tell me which is {}, {} or {}."])
-    question = q.format(word, a(SIZES[x]), a(SIZES[y]))
-    return question, f"{cap(a(winner))} is {word} than {a(loser)}.", f"{winner} is {word}"
+    most, middle, least = sorted(rng.sample(SIZES, 3), key=SIZES.index, reverse=word == "bigger")
+    if rng.random() < 0.7:
+        q = rng.choice(["Which is {}, {} or {}?", "What is {}, {} or {}?", "Tell me which is {}, {} or {}."])
+        question = q.format(word, *rng.sample([a(most), a(middle)], 2))
+        return question, f"{cap(stress(a(most)))} is {word} than {a(middle)}.", f"{most} is {word}"
+    q = "{} is {} than what, {} or {}?"
+    question = q.format(cap(a(middle)), word, *rng.sample([a(most), a(least)], 2))
+    return question, f"{cap(a(middle))} is {word} than {stress(a(least))}.", f"than {a(least)}"
 
 
 def repeating(rng, memory):
     color = rng.choice(KINDS["color"]) + " " if rng.random() < 0.5 else ""
-    said = f"the {color}{rng.choice(KINDS['animal'])} is {rng.choice(MOODS)}"
+    name, other = rng.sample(NAMES, 2)
+    said = rng.choice([
+        f"the {color}{rng.choice(KINDS['animal'])} is {rng.choice(MOODS)}",
+        f"the {color}{rng.choice(KINDS['animal'])} is in {rng.choice(list(CAPITALS))}",
+        f"{name} has {a(color + rng.choice(PETS))}",
+        f"{name} and {other} like {rng.choice(FOODS)}"])
     q = rng.choice(["Repeat after me: {}.", "Please say: {}.", "Say that {}."])
     return q.format(said), f"{cap(said)}.", said
 
@@ -203,63 +243,93 @@ def recalling(rng, memory):
 
 def manners(rng, memory):
     return rng.choice([
-        ("Hello.", "Hello, how can I help you?", "help"),
-        ("Good morning.", "Good morning to you.", "morning"),
+        ("Hello.", "<merry>Hello, how can I help you?</merry>", "help"),
+        ("Good morning.", "<merry>Good morning to you.</merry>", "morning"),
         ("How are you?", "I am fine, thank you.", "fine"),
         ("Thank you.", "You are welcome.", "welcome"),
         ("Who are you?", "I am a small computer that can talk.", "computer"),
         ("What can you do?", "I can count, compare and remember what you tell me.", "remember"),
-        ("Tell me a joke.", "What has four legs and can not walk? A table.", "table"),
-        ("Good night.", "Good night, sleep well.", "sleep"),
-        ("Goodbye.", "Goodbye, see you soon.", "goodbye"),
+        ("Tell me a joke.", "<merry>What has four legs and can not walk? A table.</merry>", "table"),
+        ("Good night.", "<calm>Good night, sleep well.</calm>", "sleep"),
+        ("Goodbye.", "<calm>Goodbye, see you soon.</calm>", "goodbye"),
     ])
 
 
-TOPICS = {arithmetic: 10, capitals: 10, opposites: 10, calendar: 10, colors: 8, kinds: 8, counting: 12,
-          comparing: 12, repeating: 10, telling: 22, manners: 4}      # topic -> weight
+def unclear(rng, memory, split):
+    return draw_unclear(rng, split), "I did not understand that.", "understand"
 
 
-def split_of(sentence):
-    """The split that a question sentence belongs to: 80 % train, 5 % validation, 15 % test, by its hash."""
-    share = hashlib.sha256(sentence.encode()).digest()[0] / 256          # from 0 to 1
-    if share < 0.80:
+TOPICS = {arithmetic: 10, capitals: 4, cities: 8, opposites: 10, calendar: 10, colors: 10, kinds: 8,
+          counting: 10, comparing: 14, repeating: 12, telling: 30, manners: 4, unclear: 10}  # topic: weight
+SHARED = (recalling, manners, unclear)                # their sentences may occur in any split
+COMPOSED = (cities, comparing, repeating)             # some replies are held out: the rest teaches enough
+
+
+def share(text):
+    """A number from 0 to 1, the hash of a text."""
+    return hashlib.sha256(text.encode()).digest()[0] / 256
+
+
+def split_of(question, reply=None):
+    """The split that a question belongs to, by its hash: 80 % train, 5 % validation, 15 % test. With a reply:
+    one in five is for the test alone, and so is any question that it answers."""
+    if reply and share(f"reply {reply}") < 0.2:
+        return "test"
+    if share(question) < 0.80:
         return "train"
-    if share < 0.85:
+    if share(question) < 0.85:
         return "validation"
     return "test"
 
 
+def draw_turn(rng, split, topic, memory):
+    """Draw a turn of a topic that belongs to a split; `memory` holds what the user has told so far.
+
+    Returns {"topic", "user", "spoken", "assistant", "answer"}, where `spoken` is the reply with its marks;
+    None if the split seems to hold none of the topic.
+    """
+    before = dict(memory)
+    for _ in range(500):
+        memory.clear()
+        memory.update(before)
+        if topic is unclear:
+            user, spoken, answer = unclear(rng, memory, split)
+        else:
+            user, spoken, answer = topic(rng, memory)
+        turn = {"topic": topic.__name__, "user": user, "spoken": spoken, "assistant": plain(spoken),
+                "answer": answer}
+        reply = turn["assistant"] if topic in COMPOSED else None
+        if topic in SHARED or split_of(user, reply) == split:
+            return turn
+    memory.clear()
+    memory.update(before)
+
+
 def dialogue(rng, split):
-    """Draw one dialogue of a split.
+    """Draw one dialogue of a split: a list of turns, see `draw_turn`.
 
     Its length is Poisson(2) clipped to 1..5, as in section 3 of the paper.
-
-    Returns a list of turns {"topic", "user", "assistant", "answer"}, all texts.
     """
     n, threshold, p = 0, np.exp(-2.0), rng.random()   # Knuth's Poisson sampler
     while p > threshold:
         n, p = n + 1, p * rng.random()
     turns, memory = [], {}
     while len(turns) < min(max(n, 1), 5):
-        if memory and rng.random() < 0.4:             # a question about an earlier turn
+        if memory and rng.random() < 0.6:             # a question about an earlier turn
             topic = recalling
         else:
             topic = rng.choices(list(TOPICS), TOPICS.values())[0]
-        before, tries = dict(memory), 0
-        user, assistant, answer = topic(rng, memory)
-        while topic not in (recalling, manners) and split_of(user) != split:
-            memory, tries = dict(before), tries + 1   # a sentence of another split: draw again
-            if tries % 500 == 0:                      # this split has none of the topic: another one
-                topic = rng.choices(list(TOPICS), TOPICS.values())[0]
-            user, assistant, answer = topic(rng, memory)
-        turns.append({"topic": topic.__name__, "user": user, "assistant": assistant, "answer": answer})
+        turn = draw_turn(rng, split, topic, memory)
+        if turn:                                      # a small split may hold none of a topic
+            turns.append(turn)
     return turns
 
 
-def dialogues(seed, counts):
+def dialogues(seed, counts, voices=()):
     """Yield the dialogues of a corpus, in the form that omni/corpus.py makes rows of.
 
     counts   {split: number of dialogues}
+    voices   whose voice asks; none: one of the split, see `draw_voice`
 
     No split holds a question of another. Dialogues of a split differ, except that the shortest run out of
     texts: one repetition in ten is let through, and another voice says it.
@@ -274,13 +344,18 @@ def dialogues(seed, counts):
             if key in seen and rng.random() < 0.9:
                 continue
             seen.add(key)
+            voice = draw_voice(rng, split)
+            if voices:
+                voice = rng.choice(voices)
             yield {
                 "id": f"{split}-{n:06d}",
                 "split": split,
-                "voice": draw_voice(rng, split),
+                "voice": voice,
+                "voices": [voice_of(rng, turn["user"], split) or voice for turn in turns],
                 "topics": [turn["topic"] for turn in turns],
                 "users": [turn["user"] for turn in turns],
                 "replies": [turn["assistant"] for turn in turns],
+                "spoken": [turn["spoken"] for turn in turns],
                 "answers": [turn["answer"] for turn in turns],
             }
             n += 1
