@@ -301,7 +301,7 @@ def run_synthesizer(template, text, voice, wav):
         raise ValueError(str(e).replace(wav, "{wav}")) from e
 
 
-def hear(cfg, wav, split, seed):
+def degrade(cfg, wav, split, seed):
     """What a microphone makes of a question of the embedded world, wav (samples,) at 16 kHz.
 
     In the training and the validation split another room, noise and microphone for each question, unless
@@ -371,7 +371,7 @@ def make_row(cfg, encode, number, record):
         for t, (text, of_turn) in enumerate(zip(users, turns.get("voices") or [voice] * n)):
             wav = synthesize(cfg, text, of_turn)
             if cfg.source == "tiny":
-                wav = hear(cfg, wav, split, f"{cfg.seed} {name} {t}")
+                wav = degrade(cfg, wav, split, f"{cfg.seed} {name} {t}")
             speech.append({"bytes": wav_bytes(wav.numpy()), "path": None})
             samples.append(len(wav))
     elif cfg.audio_root:
@@ -526,7 +526,7 @@ def try_tools(cfg):
             load_encoder(cfg.codec)
         except (OSError, ValueError, RuntimeError) as e:
             fail(e)
-    if cfg.source in ("folder", "text"):
+    if cfg.source != "instructs2s":
         for voice in (*cfg.voices, cfg.assistant):
             try:
                 synthesize(cfg, "Hello.", voice)

@@ -7,8 +7,8 @@ does: here the rows are gathered into rectangles of similar length, attended, an
 as an attention function of transformers, so Qwen2 stays theirs.
 
 Few shapes: oneDNN, which computes matrix products on CPUs, builds a new kernel for each shape that it meets,
-and that takes longer than the product. So the sum of the lengths and the sides of the rectangles are rounded
-up; what is added holds zeros, and nothing reads it.
+and that takes longer than the product. So the sum of the lengths is rounded up, and on CPUs the sides of the
+rectangles are too; what is added holds zeros, and nothing reads it.
 """
 import torch
 import torch.nn.functional as F
@@ -75,16 +75,17 @@ class Rows:
             if not groups or lengths[i] < tolerance * lengths[groups[-1][0]]:
                 groups.append([])
             groups[-1].append(i)
-        rectangles, self.masks = [], []               # masks of the keys, (B, 1, 1, L)
+        rectangles, self.masks = [], []               # masks of the keys, (B, 1, 1, L), or None
+        steps = (4, 16) if torch.device(device).type == "cpu" else (1, 1)
         for group in groups:
-            L = round_up(lengths[group[0]], 16)
-            at = torch.full((round_up(len(group), 4), L), -1)         # (B, L): place in T, or -1
+            B, L = round_up(len(group), steps[0]), round_up(lengths[group[0]], steps[1])
+            at = torch.full((B, L), -1)               # place in T, or -1
             for row, i in enumerate(group):
                 at[row, :lengths[i]] = torch.arange(ends[i] - lengths[i], ends[i])
             rectangles.append(at)
             mask = at >= 0
             mask[len(group):] = True                  # rows of zeros: a softmax over no keys would be NaN
-            self.masks.append(mask[:, None, None].to(device))
+            self.masks.append(None if mask.all() else mask[:, None, None].to(device))
         self.shapes = [at.shape for at in rectangles]
         index = torch.cat([at.flatten() for at in rectangles])                       # (sum of B L,)
         back = torch.full((self.total,), -1)

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # From a blank machine to a chatbot that talks back: `bash runs/demo.sh`. It starts from the backbones in
 # tiny/, as the real sizes start from downloads. `bash runs/demo.sh --from-scratch` trains those backbones
-# here as well, which takes some 40 minutes more.
+# here as well; that takes two hours more, and tiny/voices.py says which synthesizers it needs.
 #
 # It needs Linux, Python 3.11, two CPU cores, 8 GB of memory and 8 GB of disk; no GPU, no root, no model hub.
 # Each step says why it is there and how long it took. Interrupted? Run the same command again: finished steps
 # are skipped.
 set -euo pipefail
 started=$SECONDS
-processes=$(( $(nproc) < 4 ? $(nproc) : 4 ))
 machine="$(nproc) x $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 times=()
 step() {                               # step "name" "why" command...
@@ -20,13 +19,18 @@ step() {                               # step "name" "why" command...
     printf '=== %s: %d s on %s\n' "$name" $((SECONDS - start)) "$machine"
 }
 setup() { source runs/setup.sh; }
-# On CPU a process per core trains almost twice as fast as one process with two threads.
-train() { torchrun --nproc_per_node "$processes" train.py "$1"; }
+# A process per GPU; without one, a process per core, up to four: two processes are faster than two threads.
+train() {
+    local processes
+    processes=$(python -c "import os, torch; print(torch.cuda.device_count() or min(4, os.cpu_count()))")
+    torchrun --nproc_per_node "$processes" train.py "$1"
+}
 
 cd "$(dirname "$0")/.."
 step "environment" "A virtual environment with the packages of requirements.txt." setup
 if [ "${1:-}" = --from-scratch ]; then
     # The shipped backbones are deleted once; a second call resumes. `git checkout tiny` restores them.
+    python -m tiny.voices                             # stops if a synthesizer is missing
     [ -e tiny/grown ] || rm -rf tiny/whisper.pt tiny/codec.pt tiny/qwen2 tiny/backbones.log
     touch tiny/grown
     step "backbones" "A language model, a codec and a recognizer to start from; at real size, downloads." \

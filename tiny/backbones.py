@@ -54,7 +54,7 @@ from omni.packing import round_up
 from tiny import voices
 from tiny.codec import NanoCodec
 from tiny.unclear import draw_unclear, voice_of
-from tiny.world import dialogue
+from tiny.world import SHARED, dialogue, split_of
 
 
 @dataclass(frozen=True)
@@ -320,11 +320,13 @@ def whisper_transcribe(model, tokenizer, mels, limit=40):
 
 
 def questions(rng, split, count, accents=ACCENTS):
-    """[(text, voice)]: what users ask in this world, in voices of espeak-ng."""
+    """[(text, voice)]: what users ask in this world, in voices of espeak-ng. Only sentences that belong to
+    the split themselves: not those that every split shares, nor those that are held out for their reply."""
+    shared = {topic.__name__ for topic in SHARED}
     asked = []
     while len(asked) < count:
-        turns = dialogue(rng, split)
-        asked += [turn["user"] for turn in turns if turn["topic"] != "unclear"]
+        turns = [turn for turn in dialogue(rng, split) if turn["topic"] not in shared]
+        asked += [turn["user"] for turn in turns if split_of(turn["user"]) == split]
     return [(text, draw_voice(rng, split, accents)) for text in asked[:count]]
 
 

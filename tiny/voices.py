@@ -6,9 +6,9 @@ sounds, other rhythms and other melodies, and we change their rate, pitch and vo
 from a few.
 
 How: `draw_voice` draws a voice of a split, `speak_all` says sentences, `missing` lists what is not installed.
-`say_all` speaks in any voice of the embedded world, espeak-ng's included. A voice is
-"engine/name:rate:pitch:tract", such as "flite/slt:1.10:0.95:1.05". The three factors are relative to how the
-synthesizer speaks by itself:
+`python -m tiny.voices` prints that list. `say_all` speaks in any voice of the embedded world, espeak-ng's
+included. A voice is "engine/name:rate:pitch:tract", such as "flite/slt:1.10:0.95:1.05". The three factors are
+relative to how the synthesizer speaks by itself:
     rate   1.10: 10 % more words per minute
     pitch  0.95: the melody is 5 % lower
     tract  1.05: the vocal tract is 5 % longer, so all formants are 5 % lower, as in a taller speaker
@@ -45,6 +45,7 @@ import numpy as np
 import soundfile
 
 from omni.audio import SAMPLE_RATE
+from omni.configure import fail
 from omni.espeak import plain, speak
 from tiny.sounds import sound
 
@@ -318,3 +319,10 @@ def say_all(jobs):
         else:
             wavs.append(speak(text, voice))
     return wavs
+
+
+if __name__ == "__main__":
+    lines = missing(VOICES["train"])
+    if lines:
+        fail(f"synthesizers that Whisper is to hear are not installed: {'; '.join(lines)}")
+    print("all synthesizers that Whisper is to hear are installed")
