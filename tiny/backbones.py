@@ -44,7 +44,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from eval import language_model, transcribe_all, word_error_rate
 from model import IGNORE, SpeechEncoder
-from omni.audio import MEL_RATE, SAMPLE_RATE
+from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE
 from omni.augment import CONDITIONS, augment
 from omni.checkpoint import load_whisper
 from omni.configure import configure, fail
@@ -61,12 +61,12 @@ from tiny.world import SHARED, dialogue, split_of
 class BackbonesConfig:
     out_dir: str = "tiny"          # where the three backbones go
     parts: tuple[str, ...] = ("qwen2", "codec", "whisper")   # which to train; hearing: measure Whisper again
-    qwen2_dialogues: int = 60000   # how many dialogues Qwen2 reads
-    qwen2_steps: int = 2500        # steps of 64 dialogues
+    qwen2_dialogues: int = 100000  # how many dialogues Qwen2 reads
+    qwen2_steps: int = 4000        # steps of 64 dialogues
     codec_sentences: int = 5000    # how many different sentences the codec hears, in the assistant's voice
     codec_steps: int = 2000        # steps of 32 crops of 2 s
     whisper_clips: int = 20000     # how many utterances Whisper hears, each in three rooms
-    whisper_steps: int = 3200      # steps of 64 clips
+    whisper_steps: int = 3000      # steps of 64 clips
     whisper_people: float = 0.6    # share of the voices made from recordings of people; 0 needs none of them
     people: tuple[str, ...] = ("flite/awb",)   # other voices that Whisper is measured on, see tiny/voices.py
     figures: int = 400             # held-out items that each figure of merit is measured on
@@ -333,7 +333,7 @@ def questions(rng, split, count, accents=ACCENTS):
 def clips_to_hear(rng, count, people):
     """[(text, voice)] that Whisper learns from: questions, replies, words in any order, English of other
     worlds, and sounds, whose text is empty. people: share of the voices made from recordings of people."""
-    turns = [turn for _ in range(2000) for turn in dialogue(rng, "train") if turn["topic"] != "unclear"]
+    turns = [turn for _ in range(6000) for turn in dialogue(rng, "train") if turn["topic"] != "unclear"]
     known = [word for turn in turns for word in turn["user"].strip(".?").replace(",", "").split()]
     jobs = []
     while len(jobs) < count:
@@ -370,6 +370,13 @@ def letters_of(text):
     return letters
 
 
+def ctc(logits, counts, targets, blank):
+    """CTC's loss: logits (B, T, classes), of which counts (B,) are a clip's; targets: list of its labels."""
+    log_p = logits.float().log_softmax(-1).transpose(0, 1)
+    lengths = torch.tensor([len(x) for x in targets])
+    return F.ctc_loss(log_p, torch.cat(targets), counts, lengths, blank, zero_infinity=True)
+
+
 def hear_all(jobs, seed):
     """[(text, voice)] -> [(text, log-mel)], three for each job, on this process's share of the cores."""
     by_voice = sorted(jobs, key=lambda job: job[1].split(":")[0])    # festival says many at once
@@ -384,17 +391,22 @@ def hear_all(jobs, seed):
 
 
 def train_whisper(cfg, tokenizer):
-    """Whisper's loss, the next token given the sound, plus CTC on letters from the encoder. CTC tells the
-    encoder directly what was said where; without it the cross-attention takes minutes to find the words.
+    """Whisper's loss, the next token given the sound, plus CTC from the encoder, which tells it directly what
+    was said where; without it the cross-attention takes minutes to find the words. CTC on letters teaches it
+    to hear, CTC on the LLM's tokens to gather a word in one place: it reads the mean of five states, the
+    stretch of time that the adapter of stage 1 turns into one position of the LLM. It joins after a third of
+    the steps; from the start it kept the letters from being learned.
 
-    Both losses see the encoder's states through noise of the same strength. What is said must get through,
-    and nothing else is worth the energy, so the states say little about the voice."""
+    All see the encoder's states through noise, which grows to the strength of the states over that third.
+    What is said must get through, and nothing else is worth the energy, so the states say little about the
+    voice."""
     rng = random.Random(f"{cfg.seed} whisper {RANK}")
     jobs = clips_to_hear(rng, cfg.whisper_clips // PROCESSES, cfg.whisper_people)
     clips = hear_all(jobs, f"{cfg.seed} {RANK}")
     end = tokenizer.eos_token_id
     tokens = [torch.tensor([end, *tokenizer(text)["input_ids"], end]) for text, _ in clips]
     letters = [torch.tensor(letters_of(text), dtype=torch.long) for text, _ in clips]
+    blank = len(tokenizer)
     torch.manual_seed(cfg.seed)
     D, layers = 192, 6
     dims = whisper.model.ModelDimensions(
@@ -404,22 +416,26 @@ def train_whisper(cfg, tokenizer):
     nn.init.normal_(model.decoder.positional_embedding, std=0.02)
     nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)
     model.encoder = SpeechEncoder(80, 1500, D, D // 64, layers)
-    model.ctc = nn.Linear(D, 28)
+    model.ctc = nn.ModuleDict({"letters": nn.Linear(D, 28), "tokens": nn.Linear(D, blank + 1)})
     torch.manual_seed(cfg.seed + RANK)                # of the noise
     batches = bucketed(rng, [mel.shape[1] for _, mel in clips], 64 // PROCESSES)
 
+    steps = itertools.count()
+
     def loss():
         rows = next(batches)
+        ready = min(1, 3 * next(steps) / cfg.whisper_steps)
         states, counts = encode_clips(model.encoder, [clips[i][1] for i in rows])
-        states = states + torch.randn_like(states) * states.square().mean().sqrt()
+        states = states + ready * torch.randn_like(states) * states.square().mean().sqrt()
         text = side_by_side([tokens[i] for i in rows], IGNORE)
         logits = model.decoder(text[:, :-1].clamp(min=0), states)
-        log_p = model.ctc(states).float().log_softmax(-1).transpose(0, 1)
-        spelled = [letters[i] for i in rows]
-        lengths = torch.tensor([len(x) for x in spelled])
-        ctc = F.ctc_loss(log_p, torch.cat(spelled), counts, lengths, zero_infinity=True)
-        text_loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), ignore_index=IGNORE)
-        return {"text": text_loss, "ctc": ctc}
+        T = states.shape[1] // DOWNSAMPLE * DOWNSAMPLE
+        groups = states[:, :T].unflatten(1, (-1, DOWNSAMPLE)).mean(2)
+        tokens_loss = ctc(model.ctc["tokens"](groups), counts // DOWNSAMPLE, [tokens[i][1:-1] for i in rows],
+                          blank)
+        return {"text": F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), ignore_index=IGNORE),
+                "letters": ctc(model.ctc["letters"](states), counts, [letters[i] for i in rows], 0),
+                "tokens": tokens_loss * (ready == 1)}
 
     whisper.model.MultiHeadAttention.use_sdpa = False # on CPU its backward is slower than two products
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

@@ -176,6 +176,7 @@ def comparing(rng, memory):
 
 
 def repeating(rng, memory):
+    """Half of what is to be repeated are replies of other topics: each of their words has to be heard."""
     color = rng.choice(KINDS["color"]) + " " if rng.random() < 0.5 else ""
     name, other = rng.sample(NAMES, 2)
     said = rng.choice([
@@ -183,7 +184,10 @@ def repeating(rng, memory):
         f"the {color}{rng.choice(KINDS['animal'])} is in {rng.choice(list(CAPITALS))}",
         f"{name} has {a(color + rng.choice(PETS))}",
         f"{name} and {other} like {rng.choice(FOODS)}"])
-    q = rng.choice(["Repeat after me: {}.", "Please say: {}.", "Say that {}."])
+    if rng.random() < 0.5:
+        topic = rng.choice([arithmetic, cities, opposites, calendar, colors, kinds, counting, comparing])
+        said = plain(topic(rng, memory)[1]).rstrip(".")
+    q = rng.choice(["Repeat after me: {}.", "Please say: {}.", "Say this: {}."])
     return q.format(said), f"{cap(said)}.", said
 
 
@@ -259,8 +263,8 @@ def unclear(rng, memory, split):
     return draw_unclear(rng, split), "I did not understand that.", "understand"
 
 
-TOPICS = {arithmetic: 10, capitals: 4, cities: 8, opposites: 10, calendar: 10, colors: 10, kinds: 8,
-          counting: 10, comparing: 14, repeating: 12, telling: 30, manners: 4, unclear: 10}  # topic: weight
+TOPICS = {arithmetic: 10, capitals: 4, cities: 10, opposites: 12, calendar: 10, colors: 10, kinds: 8,
+          counting: 10, comparing: 16, repeating: 30, telling: 30, manners: 4, unclear: 10}  # topic: weight
 SHARED = (recalling, manners, unclear)                # their sentences may occur in any split
 COMPOSED = (cities, comparing, repeating)             # some replies are held out: the rest teaches enough
 
