@@ -484,7 +484,8 @@ def write_picture(path, runs, turn):
         for key, style in (("loss", "-"), ("val_loss", "o-")):
             steps = [line["step"] for line in log if key in line]
             axes.plot(steps, [line[key] for line in log if key in line], style, label=key, markersize=3)
-        axes.set(title=os.path.basename(run), xlabel="step", ylabel="nats per target", yscale="log")
+        axes.set(title=os.path.basename(run), xlabel="step", yscale="log")
+        axes.set_ylabel("" if i else "nats per target")
         axes.legend()
     if turn:
         lower = grid[1].subgridspec(1, 2)

@@ -259,12 +259,12 @@ def recording(cfg, path):
 
 def synthesize(cfg, text, voice):
     """Say `text` with the command cfg.tts, or with espeak-ng -> float32 tensor (samples,) at 16 kHz. Only
-    espeak-ng knows marks.
+    espeak-ng knows marks. The sounds of the embedded world are computed either way.
 
     Raises LeftOut, with the last line that the command wrote to stderr.
     """
     try:
-        if cfg.tts is None and cfg.source == "tiny":
+        if cfg.source == "tiny" and (cfg.tts is None or voice.startswith("sound/")):   # a cough is no text
             from tiny.voices import say_all  # here, because no other source needs it
 
             return torch.from_numpy(say_all([(text, voice)])[0])

@@ -337,7 +337,7 @@ def clips_to_hear(rng, count, people):
     known = [word for turn in turns for word in turn["user"].strip(".?").replace(",", "").split()]
     jobs = []
     while len(jobs) < count:
-        kind = rng.choices(["question", "reply", "words", "unclear"], [65, 8, 12, 15])[0]
+        kind = rng.choices(["question", "reply", "words", "unclear"], [55, 8, 22, 15])[0]
         voice = None
         if kind == "question":
             turn = rng.choice(turns)

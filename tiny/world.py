@@ -69,7 +69,8 @@ def stress(text):
     return f"<stress>{text}</stress>"
 
 
-# Each topic draws (question, reply, answer): the answer is the part of the reply that makes it right. Marks
+# Each topic draws (question, reply, answer): the answer is the part of the reply that makes it right. It asks
+# in many ways: where training held a few hundred sentences of a topic, stage 1 learned them by heart. Marks
 # in a reply say how it is spoken (omni/espeak.py). What answers the question is stressed, so "Paris is the
 # capital of France." is said in two ways, and only the question tells which.
 
@@ -86,7 +87,10 @@ def arithmetic(rng, memory):
 
 def capitals(rng, memory):
     country = rng.choice(list(CAPITALS))
-    q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}."])
+    q = rng.choice(["What is the capital of {}?", "Tell me the capital of {}.", "What capital does {} have?",
+                    "Please tell me the capital of {}.", "Can you tell me the capital of {}?",
+                    "The capital of {} is what?", "What do you call the capital of {}?",
+                    "I love {}, what is the capital?", "Give me the capital of {}."])
     return q.format(country), f"The capital of {country} is {stress(CAPITALS[country])}.", CAPITALS[country]
 
 
@@ -95,13 +99,24 @@ def cities(rng, memory):
     country = rng.choice(list(CAPITALS))
     city = CAPITALS[country]
     asks, reply, answer = rng.choice([
-        (["Which city is the capital of {country}?", "Do you know the capital of {country}?"],
+        (["Which city is the capital of {country}?", "Do you know the capital of {country}?",
+          "What city is the capital of {country}?", "Tell me which city is the capital of {country}.",
+          "Do you know which city is the capital of {country}?", "Please name the capital of {country}.",
+          "Can you name the capital of {country}?", "{country} has which capital?"],
          f"{stress(city)} is the capital of {country}.", city),
-        (["{city} is the capital of which country?", "Which country has the capital {city}?"],
+        (["{city} is the capital of which country?", "Which country has the capital {city}?",
+          "{city} is the capital of what country?", "What country has the capital {city}?",
+          "Of which country is {city} the capital?", "Tell me which country has the capital {city}.",
+          "Do you know which country has the capital {city}?", "The capital of which country is {city}?"],
          f"{city} is the capital of {stress(country)}.", country),
-        (["In which country is {city}?", "Where is the city of {city}?"],
+        (["In which country is {city}?", "Where is the city of {city}?", "{city} is in which country?",
+          "Which country is {city} in?", "What country is {city} in?", "Do you know where {city} is?",
+          "Tell me which country {city} is in.", "Please tell me where {city} is."],
          f"{city} is in {stress(country)}.", country),
-        (["Which city is in {country}?", "Tell me a city in {country}."],
+        (["Which city is in {country}?", "Tell me a city in {country}.", "What city is in {country}?",
+          "Do you know a city in {country}?", "Can you tell me a city in {country}?",
+          "Please name a city in {country}.", "Give me a city in {country}.",
+          "Can you name a city in {country}?"],
          f"{stress(city)} is in {country}.", city)])
     return rng.choice(asks).format(city=city, country=country), reply, answer
 
@@ -111,10 +126,17 @@ def opposites(rng, memory):
     other = OPPOSITE[word]
     if rng.random() < 0.7:
         q = rng.choice(["What is the opposite of {}?", "Tell me the opposite of {}.",
-                        "Which word is the opposite of {}?", "What do you call the opposite of {}?"])
+                        "Which word is the opposite of {}?", "What do you call the opposite of {}?",
+                        "What word is the opposite of {}?", "Do you know the opposite of {}?",
+                        "Can you tell me the opposite of {}?", "Please tell me the opposite of {}.",
+                        "Give me the opposite of {}.", "The opposite of {} is what?",
+                        "Tell me which word is the opposite of {}.", "Please name the opposite of {}."])
         return q.format(word), f"{cap(stress(other))} is the opposite of {word}.", other
-    q = rng.choice(["{} is the opposite of what?", "{} is the opposite of which word?"])
-    return q.format(cap(other)), f"{cap(other)} is the opposite of {stress(word)}.", word
+    q = rng.choice(["{} is the opposite of what?", "{} is the opposite of which word?",
+                    "Of what is {} the opposite?", "Of which word is {} the opposite?",
+                    "Tell me what {} is the opposite of.", "{} is the opposite of what word?",
+                    "Do you know what {} is the opposite of?", "Which word is {} the opposite of?"])
+    return cap(q.format(other)), f"{cap(other)} is the opposite of {stress(word)}.", word
 
 
 def calendar(rng, memory):
@@ -123,9 +145,16 @@ def calendar(rng, memory):
     name, other = names[i], names[(i + step) % len(names)]
     asks, reply, answer = rng.choice([
         (["Which {kind} comes {side} {name}?", "What {kind} comes {side} {name}?",
-          "Tell me the {kind} {side} {name}.", "What is the {kind} {side} {name}?"],
+          "Tell me the {kind} {side} {name}.", "What is the {kind} {side} {name}?",
+          "Which {kind} is {side} {name}?", "What comes {side} {name}?", "Tell me what comes {side} {name}.",
+          "Do you know which {kind} comes {side} {name}?", "Can you tell me the {kind} {side} {name}?",
+          "Please tell me which {kind} comes {side} {name}.", "Give me the {kind} {side} {name}.",
+          "Do you know what comes {side} {name}?"],
          f"{stress(other)} comes {side} {name}.", other),
-        (["{other} comes {side} which {kind}?", "{other} is the {kind} {side} what?"],
+        (["{other} comes {side} which {kind}?", "{other} is the {kind} {side} what?",
+          "{other} comes {side} what {kind}?", "{other} is {side} which {kind}?",
+          "Tell me, {other} comes {side} which {kind}?", "Tell me which {kind} {other} comes {side}.",
+          "Which {kind} does {other} come {side}?", "Do you know which {kind} {other} comes {side}?"],
          f"{other} comes {side} {stress(name)}.", name)])
     return rng.choice(asks).format(kind=kind, side=side, name=name, other=other), reply, answer
 
@@ -148,8 +177,9 @@ def kinds(rng, memory):
     thing = rng.choice(KINDS[kind])
     name = a(thing) if kind in ("animal", "fruit", "vegetable") else thing
     q = rng.choice(["What is {}?", "What kind of thing is {}?", "Tell me what {} is.",
-                    "Do you know what {} is?"])
-    return q.format(name), f"{cap(name)} is {stress(a(kind))}.", kind
+                    "Do you know what {} is?", "Can you tell me what {} is?", "Please tell me what {} is.",
+                    "Tell me what kind of thing {} is.", "{} is what kind of thing?"])
+    return cap(q.format(name)), f"{cap(name)} is {stress(a(kind))}.", kind
 
 
 def counting(rng, memory):
@@ -167,24 +197,44 @@ def comparing(rng, memory):
     word = rng.choice(["bigger", "smaller"])
     most, middle, least = sorted(rng.sample(SIZES, 3), key=SIZES.index, reverse=word == "bigger")
     if rng.random() < 0.7:
-        q = rng.choice(["Which is {}, {} or {}?", "What is {}, {} or {}?", "Tell me which is {}, {} or {}."])
-        question = q.format(word, *rng.sample([a(most), a(middle)], 2))
+        q = rng.choice(["Which is {0}, {1} or {2}?", "What is {0}, {1} or {2}?", "{1} or {2}, which is {0}?",
+                        "Tell me which is {0}, {1} or {2}.", "Tell me what is {0}, {1} or {2}.",
+                        "{1} or {2}, what is {0}?", "Which one is {0}, {1} or {2}?",
+                        "Do you know which is {0}, {1} or {2}?", "Can you tell me what is {0}, {1} or {2}?",
+                        "Please tell me which is {0}, {1} or {2}."])
+        question = cap(q.format(word, *rng.sample([a(most), a(middle)], 2)))
         return question, f"{cap(stress(a(most)))} is {word} than {a(middle)}.", f"{most} is {word}"
-    q = "{} is {} than what, {} or {}?"
-    question = q.format(cap(a(middle)), word, *rng.sample([a(most), a(least)], 2))
+    q = rng.choice(["{0} is {1} than what, {2} or {3}?", "What is {0} {1} than, {2} or {3}?",
+                    "Tell me, {0} is {1} than what, {2} or {3}?", "{2} or {3}, what is {0} {1} than?",
+                    "Is {0} {1} than {2} or {3}?", "Do you know what {0} is {1} than, {2} or {3}?"])
+    question = cap(q.format(a(middle), word, *rng.sample([a(most), a(least)], 2)))
     return question, f"{cap(a(middle))} is {word} than {stress(a(least))}.", f"than {a(least)}"
 
 
-def repeating(rng, memory):
-    """Half of what is to be repeated are replies of other topics: each of their words has to be heard."""
+def statement(rng):
+    """A sentence about anything, of which there are thousands: "the red cat is in Paris"."""
     color = rng.choice(KINDS["color"]) + " " if rng.random() < 0.5 else ""
     name, other = rng.sample(NAMES, 2)
-    said = rng.choice([
-        f"the {color}{rng.choice(KINDS['animal'])} is {rng.choice(MOODS)}",
-        f"the {color}{rng.choice(KINDS['animal'])} is in {rng.choice(list(CAPITALS))}",
-        f"{name} has {a(color + rng.choice(PETS))}",
-        f"{name} and {other} like {rng.choice(FOODS)}"])
-    if rng.random() < 0.5:
+    both = f"{name} and {other}"
+    animal = f"the {color}{rng.choice(KINDS['animal'])}"
+    country, city = rng.choice(list(CAPITALS.items()))
+    place = rng.choice([f"in {country}", f"in {city}", f"from {country}", f"from {city}", "at home",
+                        "in my house", f"in the house of {name}"])
+    food, mood, word = rng.choice(FOODS), rng.choice(MOODS), rng.choice(list(OPPOSITE))
+    thing = a(color + rng.choice(list(COLORS)))
+    return rng.choice([
+        f"{animal} is {mood}", f"{animal} is {place}", f"{animal} is {word}", f"{animal} has {thing}",
+        f"my friend {name} is {mood}", f"{name} is {place}", f"{name} has {a(color + rng.choice(PETS))}",
+        f"{name} and {animal} are {mood}", f"{both} like {food}", f"{both} are {place}",
+        f"{both} eat {food} in {rng.choice(MONTHS)}", f"{name} can count to {rng.choice(NUMBERS)}",
+        f"I have {thing} and {a(rng.choice(list(COLORS)))}", f"I like {food} and {rng.choice(FOODS)}",
+        f"give {name} some {food}", f"the house of {name} is {word}"])
+
+
+def repeating(rng, memory):
+    """A third of what is to be repeated are replies of other topics: each of their words has to be heard."""
+    said = statement(rng)
+    if rng.random() < 0.33:
         topic = rng.choice([arithmetic, cities, opposites, calendar, colors, kinds, counting, comparing])
         said = plain(topic(rng, memory)[1]).rstrip(".")
     q = rng.choice(["Repeat after me: {}.", "Please say: {}.", "Say this: {}."])
