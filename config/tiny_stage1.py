@@ -7,10 +7,10 @@ At commit 315e772, 2 cores of an Intel Xeon (Sapphire Rapids), two processes: 1,
 """
 stage = "stage1"
 out_dir = "out/tiny_stage1"
-batch_size = 16
+batch_size = 32
 micro_tokens = 16384
 epochs = 2
 lr = 4e-3
 muon = True
-eval_every = 400
-save_every = 400
+eval_every = 200
+save_every = 200

@@ -8,11 +8,11 @@ At commit 315e772, 2 cores of an Intel Xeon (Sapphire Rapids), two processes: 46
 stage = "stage1_tts"
 init_from = "out/tiny_stage1"
 out_dir = "out/tiny_stage1_tts"
-batch_size = 16
+batch_size = 32
 micro_tokens = 16384
 epochs = 1.2
 lr = 6e-3
 muon = True
 codec = "tiny/codec.pt"
-eval_every = 400
-save_every = 400
+eval_every = 200
+save_every = 200

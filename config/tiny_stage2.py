@@ -8,11 +8,11 @@ At commit 315e772, 2 cores of an Intel Xeon (Sapphire Rapids), two processes: 48
 stage = "stage2"
 init_from = "out/tiny_stage1_tts"
 out_dir = "out/tiny_stage2"
-batch_size = 16
+batch_size = 32
 micro_tokens = 16384
 epochs = 0.5
 lr = 3e-3
 muon = True
 codec = "tiny/codec.pt"
-eval_every = 400
-save_every = 400
+eval_every = 200
+save_every = 200
