@@ -25,7 +25,7 @@ from data import DataConfig, Dialogues, clips, collate
 from omni.audio import SAMPLE_RATE, log_mel
 from omni.augment import telephone
 from omni.configure import configure
-from omni.corpus import SPLITS, LeftOut, build, json_array, load_corpus, parse, records, to_units
+from omni.corpus import SPLITS, LeftOut, build, json_array, load_corpus, parse, records, synthesize, to_units
 from omni.espeak import ASSISTANT, plain, speak
 from tiny.codec import NanoCodec
 from tiny.unclear import LANGUAGE_OF
@@ -530,6 +530,15 @@ def test_tools_that_do_not_work_are_refused_at_once(recordings, monkeypatch, cap
 
 
 # ----------------------------------------------------------------------------------------- the embedded world
+
+def test_a_synthesizer_is_not_asked_to_hum():
+    """With --tts the user's command says the texts of the embedded world, but not its sounds: those are
+    computed, 0.8 s of hum here, also where the command cannot say a word."""
+    cfg = DataConfig(tts="false {wav}")
+    assert len(synthesize(cfg, "(hum)", "sound/hum:0.8:17")) == pytest.approx(0.8 * SAMPLE_RATE, abs=1)
+    with pytest.raises(LeftOut):
+        synthesize(cfg, "Hello.", "en-us+f3:150:40")
+
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
