@@ -481,6 +481,7 @@ def measure_whisper(cfg, model, tokenizer):
 CHAT = ("{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHAT_USER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # around what the user says
 
 
 def make_tokenizer(texts):
@@ -494,75 +495,112 @@ def make_tokenizer(texts):
     return tokenizer
 
 
-def messages(turns):
-    """Turns of a dialogue, in the form that a chat template reads."""
-    chat = []
-    for turn in turns:
-        chat.append({"role": "user", "content": turn["user"]})
-        chat.append({"role": "assistant", "content": turn["assistant"]})
-    return chat
+def heard(rng, tokens, lengths):
+    """A question as the adapter of stage 1 may show it: a row every 100 ms. Between words are empty rows,
+    short words share a row, and some words fill two.
+
+    tokens, lengths   ids of a text, and how many characters each has
+    Returns           rows [first id or -1, second id or -1]
+    """
+    speed, now = rng.uniform(0.9, 2.2), rng.uniform(0, 7)             # characters per row; silence before
+    rows = {}
+    for token, length in zip(tokens, lengths):
+        at = int(now + rng.uniform(0.3, 0.9) * length / speed)
+        now += length / speed
+        while len(rows.get(at, ())) == 2:
+            at += 1
+        rows.setdefault(at, []).append(token)
+        if rng.random() < 0.4 and at + 1 not in rows:
+            rows[at + 1] = [token]
+    end = max(max(rows) + 1, int(now + rng.uniform(0, 7)))
+    return [(rows.get(at, []) + [-1, -1])[:2] for at in range(end)]
 
 
-def prompt_of(tokenizer, turns):
-    """The text that Qwen2 continues with the last turn's reply."""
-    return tokenizer.apply_chat_template(messages(turns)[:-1], tokenize=False, add_generation_prompt=True)
-
-
-def labelled_dialogue(tokenizer, turns):
-    """A dialogue -> (tokens, 2): ids, and labels for what the assistant says."""
+def labelled_dialogue(rng, tokenizer, turns, spoken):
+    """A dialogue -> (L, 4): two ids whose embeddings are added up (-1: none), what the assistant says next,
+    and whether the row is `heard`. spoken: are the user's turns heard or typed?"""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    before, after = (tokenizer(text)["input_ids"] for text in CHAT_USER)
     newline = tokenizer("\n")["input_ids"]
-    ids, labels = [], []
+    rows = []
     for turn in turns:
-        asked = tokenizer(prompt_of(tokenizer, [turn]))["input_ids"]
+        asked = tokenizer(turn["user"])["input_ids"]
         said = [*tokenizer(turn["assistant"])["input_ids"], end]
-        ids += asked + said + newline
-        labels += [IGNORE] * len(asked) + said + [IGNORE] * len(newline)
-    return torch.tensor([ids, labels]).T
+        question = [[id, -1] for id in asked]
+        if spoken:
+            question = heard(rng, asked, [len(tokenizer.decode([id])) for id in asked])
+        rows += [[id, -1, IGNORE, 0] for id in before]
+        rows += [[*ids, IGNORE, int(spoken)] for ids in question]
+        rows += [[id, -1, IGNORE, 0] for id in after]
+        rows += [[id, -1, id, 0] for id in said]
+        rows += [[id, -1, IGNORE, 0] for id in newline]
+    return torch.tensor(rows)
+
+
+def embed_rows(model, first, second):
+    """Ids (B, L), -1 for none -> the sum of their embeddings (B, L, H)."""
+    table = model.model.embed_tokens
+    return sum(table(ids.clamp(min=0)) * (ids >= 0)[..., None] for ids in (first, second))
 
 
 def train_qwen2(cfg, rng):
-    dialogues = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues)]
+    """A language model that has read only this world's sentences, words side by side, is lost where words
+    come with gaps between them, as from the adapter of stage 1; a large one has read so much that it is not.
+    So two dialogues in three are `heard`, through noise of up to the embeddings' own strength."""
+    dialogues = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
     tokenizer = make_tokenizer([turn[who] for d in dialogues for turn in d for who in ("user", "assistant")])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    data = [labelled_dialogue(tokenizer, d) for d in dialogues]
+    data = [labelled_dialogue(rng, tokenizer, d, rng.random() < 0.67) for d in dialogues]
     torch.manual_seed(cfg.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, bos_token_id=None, eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id, use_cache=True, attn_implementation="eager"))
-    batches = bucketed(rng, [len(x) for x in data], 64)
+    torch.manual_seed(cfg.seed + RANK)                # of the noise
+    batches = bucketed(rng, [len(x) for x in data], 64 // PROCESSES)
 
     def loss():
         rows = side_by_side([data[i] for i in next(batches)], IGNORE)
-        ids, labels = rows.unbind(-1)
-        hidden = model.model(input_ids=ids.clamp(min=0), use_cache=False).last_hidden_state[:, :-1]
+        first, second, labels, spoken = rows.unbind(-1)
+        x = embed_rows(model, first, second)
+        noise = torch.rand(len(x), 1, 1) * x.detach().square().mean().sqrt() * torch.randn_like(x)
+        x = x + noise * (spoken == 1)[..., None]
+        hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state[:, :-1]
         at = labels[:, 1:] != IGNORE
         return {"text": F.cross_entropy(model.lm_head(hidden[at]).float(), labels[:, 1:][at])}
 
     fit(cfg, "qwen2", model, loss, cfg.qwen2_steps)
-    measure_qwen2(cfg, rng, model, tokenizer)
+    if RANK:
+        return
+    measure_qwen2(cfg, model, tokenizer)
     model.half().save_pretrained(f"{cfg.out_dir}/qwen2.tmp")
     tokenizer.save_pretrained(f"{cfg.out_dir}/qwen2.tmp")
     replace_folder(f"{cfg.out_dir}/qwen2.tmp", f"{cfg.out_dir}/qwen2")
 
 
-def measure_qwen2(cfg, rng, model, tokenizer):
-    """How many unseen questions are answered exactly, by topic, when the last turn of a dialogue is asked."""
+@torch.no_grad()
+def measure_qwen2(cfg, model, tokenizer):
+    """How many unseen questions are answered exactly, by topic, when the last turn of a dialogue is asked:
+    typed, and as `heard`."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    right, count = Counter(), Counter()
-    for _ in range(cfg.figures):
-        turns = dialogue(rng, "test")
-        x = tokenizer(prompt_of(tokenizer, turns), return_tensors="pt")["input_ids"]
-        out = model.generate(x, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end)
-        reply = tokenizer.decode(out[0, x.shape[1]:], skip_special_tokens=True)
-        topic = turns[-1]["topic"]
-        count[topic] += 1
-        right[topic] += reply == turns[-1]["assistant"]
-    share = 100 * right.total() / count.total()
-    topics = ", ".join(f"{topic} {100 * right[topic] / n:.0f}" for topic, n in count.items())
-    log(cfg, f"qwen2: exact answers to unseen typed questions: {share:.1f} %  ({topics})")
+    for how in ("typed", "heard"):
+        rng = random.Random(cfg.seed)
+        right, count = Counter(), Counter()
+        for _ in range(cfg.figures):
+            turns = dialogue(rng, "test")
+            rows = labelled_dialogue(random.Random(cfg.seed), tokenizer, turns, how == "heard")
+            reply = tokenizer(turns[-1]["assistant"])["input_ids"]
+            prompt = rows[:len(rows) - len(reply) - 2]           # without `<|im_end|>` and the newline
+            x = embed_rows(model, *prompt[None, :, :2].unbind(-1))
+            out = model.generate(inputs_embeds=x, max_new_tokens=40, do_sample=False, eos_token_id=end,
+                                 pad_token_id=end)
+            topic = turns[-1]["topic"]
+            count[topic] += 1
+            right[topic] += tokenizer.decode(out[0], skip_special_tokens=True) == turns[-1]["assistant"]
+        share = 100 * right.total() / count.total()
+        topics = ", ".join(f"{topic} {100 * right[topic] / n:.0f}" for topic, n in count.items())
+        log(cfg, f"qwen2: exact answers to unseen {how} questions: {share:.1f} %  ({topics})")
 
 
 # ----------------------------------------------------------------------------------------------------- main
