@@ -47,15 +47,15 @@ from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 from whisper.normalizers import EnglishTextNormalizer
 
-from data import clips
+from data import chat_ids, clips
 from omni import checkpoint
 from omni.audio import MIN_SECONDS, SAMPLE_RATE, log_mel
 from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
+from omni.engine import Engine
 from omni.espeak import speak
 from omni.files import read_json, replace_file
-from sample import SampleConfig, answer
 
 JUDGES = {"bigram": True, "word_loop": False}         # language models of the recognizer: bigrams or not
 normalize = EnglishTextNormalizer()                   # "It's twelve." -> "it is 12"
@@ -79,11 +79,12 @@ class EvalConfig:
     temperature: float = 0.3           # of the units
     top_p: float = 1.0                 # of the units
     repeats: float = 0.0               # of the units, see sample.py
+    batch: int = 16                    # dialogues that are held at once
     seed: int = 1337                   # of the sampling
 
     def __post_init__(self):
-        if self.dialogues < 1:
-            raise ValueError("dialogues must be at least 1")
+        if self.dialogues < 1 or self.batch < 1:
+            raise ValueError("dialogues and batch must be at least 1")
         if self.keep < 0:
             raise ValueError("keep must be 0 or more")
 
@@ -192,53 +193,80 @@ def synthesize(text, voice):
 
 # ---------------------------------------------------------------------------------------------------- answers
 
-def answer_all(omni, tokenizer, codec, rows, sampling):
-    """Hold each dialogue with the model: it hears the user's turns and remembers its own replies.
+def answer_all(omni, tokenizer, codec, rows, cfg):
+    """Hold each dialogue with the model, several at once: it hears the user's turns and remembers its own
+    replies. A reply does not depend on the others that are made beside it.
 
-    rows     dialogues of a corpus;  codec: None for text only;  sampling: a SampleConfig
+    rows     dialogues of a corpus;  codec: None for text only
     Returns  a dict for each turn, whose "wav" (samples,) has the codec's rate; and the values of the fusion
              gate, 0 to 1: how much of each row comes from the LLM. Without speech there are none.
     """
+    engine = Engine(omni, cfg.batch, max_units=cfg.max_units, top_p=cfg.top_p, repeats=cfg.repeats)
+    n_mels = omni.model.speech_encoder.n_mels
     turns, gates = [], [torch.zeros(0)]
 
     def keep_gate(module, inputs, gate):
         gates.append(gate.float().flatten().cpu())
+
+    def ask(d, replies):
+        """The next turn of dialogue d, in which the model has said `replies`."""
+        t = len(replies)
+        mels = [log_mel(clip, n_mels, omni.pad_audio) for clip in clips(rows[d])[:t + 1]]
+        reply = engine.submit(chat_ids(tokenizer, replies), mels, speak=codec is not None,
+                              temperature=cfg.temperature, seed=100000 * cfg.seed + 100 * d + t)
+        asked[reply] = d, replies, []
+
+    asked, left = {}, iter(tqdm(range(len(rows)), desc="answering", unit="dialogue"))
+    for d in itertools.islice(left, cfg.batch):
+        ask(d, [])
     hook = omni.speech_generator.gate.register_forward_hook(keep_gate)
-    for d, row in enumerate(tqdm(rows, desc="answering", unit="dialogue")):
-        n_mels = omni.model.speech_encoder.n_mels
-        mels = [log_mel(clip, n_mels, omni.pad_audio) for clip in clips(row)]
-        replies = []
-        for t in range(len(mels)):
-            text, wav, notes, times = answer(omni, tokenizer, codec, mels[:t + 1], replies, sampling)
-            replies.append(text)
-            first_text, first_audio, seconds = times
-            spoken = row.get("spoken", row["replies"])[t]           # older corpora have no such column
-            turns.append({"id": row["id"], "dialogue": d, "turn": t, "topic": row["topics"][t],
-                          "question": row["users"][t], "reference": row["replies"][t],
-                          "spoken": spoken, "answer": row["answers"][t],
-                          "text": text, "notes": notes, "wav": wav,
-                          "first_text": first_text, "first_audio": first_audio, "seconds": seconds})
+    for reply, kind, x in engine.stream():
+        d, replies, notes = asked[reply]
+        if kind == "note":
+            notes.append(x)
+        if kind != "done":
+            continue
+        del asked[reply]
+        row, t, text = rows[d], len(replies), tokenizer.decode(reply.text)
+        wav = np.zeros(0, np.float32)
+        if reply.units:
+            wav = codec.decode(torch.tensor(reply.units)).cpu().numpy()
+        turns.append({"id": row["id"], "dialogue": d, "turn": t, "topic": row["topics"][t],
+                      "question": row["users"][t], "reference": row["replies"][t],
+                      "spoken": row.get("spoken", row["replies"])[t],        # older corpora have none
+                      "answer": row["answers"][t], "text": text, "notes": notes, "wav": wav})
+        if t + 1 < len(row["users"]):
+            ask(d, [*replies, text])
+        else:
+            for other in itertools.islice(left, 1):
+                ask(other, [])
     hook.remove()
-    return turns, torch.cat(gates)
+    return sorted(turns, key=lambda turn: (turn["dialogue"], turn["turn"])), torch.cat(gates)
 
 
 @torch.inference_mode()
-def exact_typed(model, tokenizer, rows):
-    """For each turn of some dialogues: does a text model that reads the question reply exactly right?"""
+def exact_typed(model, tokenizer, rows, batch=64):
+    """For each turn of some dialogues: does a text model that reads the question reply exactly right? It
+    remembers its own replies."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    right = []
-    for row in tqdm(rows, desc="typing", unit="dialogue", leave=False):
-        messages = []
-        for user, reference in zip(row["users"], row["replies"]):
-            messages.append({"role": "user", "content": user})
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            output = model.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=end,
-                                    pad_token_id=end)
-            reply = tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": reply})
-            right.append(reply == reference)
-    return right
+    chats, right = [[] for _ in rows], [[] for _ in rows]
+    tokenizer.padding_side = "left"
+    for t in tqdm(range(max(len(row["users"]) for row in rows)), desc="typing", unit="turn", leave=False):
+        asked = [d for d, row in enumerate(rows) if t < len(row["users"])]
+        for i in range(0, len(asked), batch):
+            some = asked[i:i + batch]
+            for d in some:
+                chats[d].append({"role": "user", "content": rows[d]["users"][t]})
+            prompts = tokenizer.apply_chat_template([chats[d] for d in some], tokenize=False,
+                                                    add_generation_prompt=True)
+            x = tokenizer(prompts, return_tensors="pt", padding=True)
+            output = model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"],
+                                    max_new_tokens=60, do_sample=False, eos_token_id=end, pad_token_id=end)
+            replies = tokenizer.batch_decode(output[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
+            for d, reply in zip(some, replies):
+                chats[d].append({"role": "assistant", "content": reply})
+                right[d].append(reply == rows[d]["replies"][t])
+    return list(itertools.chain.from_iterable(right))
 
 
 def transcribe_turns(turns, rate, replies, voice):
@@ -406,18 +434,6 @@ def judge_stress(turns, rate, voice):
     return result
 
 
-def judge_speed(turns, rate):
-    """Real-time factor, median delay of the first audio in ms, and how many replies were cut. rate: Hz."""
-    result = {}
-    delays = [turn["first_audio"] for turn in turns if turn["first_audio"]]
-    if delays:                                        # an early checkpoint may be silent throughout
-        seconds = sum(len(turn["wav"]) for turn in turns) / rate
-        result["rtf"] = sum(turn["seconds"] for turn in turns) / seconds
-        result["first_audio_ms"] = 1000 * float(np.median(delays))
-    result["cut"] = sum(bool(turn["notes"]) for turn in turns)
-    return result
-
-
 # ----------------------------------------------------------------------------------------------------- output
 
 def report(turns, result, split):
@@ -559,8 +575,6 @@ def main():
                 fail(f"--topics {','.join(cfg.topics)}: no dialogue of {cfg.corpus} has such a turn")
         rows = rows.select(range(min(cfg.dialogues, len(rows))))
         llm, voice = find_originals(cfg)
-        sampling = SampleConfig(max_units=cfg.max_units, temperature=cfg.temperature, top_p=cfg.top_p,
-                                repeats=cfg.repeats)
         codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
         if llm:
             text_model = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32)
@@ -571,7 +585,7 @@ def main():
         fail(e)
     omni.eval().to(device)
 
-    turns, gate = answer_all(omni, tokenizer, codec, rows, sampling)
+    turns, gate = answer_all(omni, tokenizer, codec, rows, cfg)
     typed = exact_typed(text_model, text_tokenizer, rows) if llm else None
     if cfg.topics:
         judged = [turn["topic"] in cfg.topics for turn in turns]
@@ -581,7 +595,7 @@ def main():
     if codec:
         replies = [reply for row in load_corpus(cfg.corpus, "train")["replies"] for reply in row]
         transcribe_turns(turns, codec.sample_rate, replies, voice)
-        result |= judge_speech(turns, replies) | judge_speed(turns, codec.sample_rate)
+        result |= judge_speech(turns, replies) | {"cut": sum(bool(turn["notes"]) for turn in turns)}
         if voice:
             result |= judge_stress(turns, codec.sample_rate, voice)
         if len(gate):

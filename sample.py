@@ -24,7 +24,7 @@ from omni.audio import log_mel, read_audio
 from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
-from omni.engine import generate
+from omni.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,17 @@ def ignore(piece):
     """Where a piece of text or sound goes if nobody asked for it."""
 
 
-def answer(omni, tokenizer, codec, mels, replies, cfg, on_text=ignore, on_audio=ignore):
+def answer(engine, tokenizer, codec, mels, replies, temperature, on_text=ignore, on_audio=ignore):
     """One turn, streaming.
 
     mels     log-mels of all the user's turns so far;  replies: the texts of the assistant's turns so far
-    codec    None: text only
+    codec    None: text only;  temperature: of the units
     Returns  (text, wav (samples,), notes, seconds until the first text, the first audio and the end)
     """
     start, first = time.time(), {}
     tokens, notes, shown, pieces = [], [], "", []
-    events = generate(omni, chat_ids(tokenizer, replies), mels, speak=codec is not None,
-                      max_tokens=cfg.max_tokens, max_units=cfg.max_units, temperature=cfg.temperature,
-                      top_p=cfg.top_p, repeats=cfg.repeats)
+    events = engine.generate(chat_ids(tokenizer, replies), mels, speak=codec is not None,
+                             temperature=temperature)
 
     def bursts():
         nonlocal shown
@@ -132,13 +131,14 @@ def main():
         mels = [log_mel(wav, omni.model.speech_encoder.n_mels, omni.pad_audio) for wav in questions]
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
-    omni.eval().to(device)
+    engine = Engine(omni.eval().to(device), max_tokens=cfg.max_tokens, max_units=cfg.max_units,
+                    top_p=cfg.top_p, repeats=cfg.repeats)
     player = open_player(codec.sample_rate) if cfg.play and codec else None
     replies = []
     for turn, question in enumerate(asked):
         print(f"\nuser       {question}\nassistant  ", end="", flush=True)
         text, wav, notes, (first_text, first_audio, total) = answer(
-            omni, tokenizer, codec, mels[:turn + 1], replies, cfg,
+            engine, tokenizer, codec, mels[:turn + 1], replies, cfg.temperature,
             on_text=lambda piece: print(piece, end="", flush=True),
             on_audio=lambda piece: player.write(piece[:, None]) if player else None)
         print()

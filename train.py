@@ -243,11 +243,11 @@ def evaluate():
     for batch, numbers in zip(batches(validation_set, mine, cfg.workers), mine):
         totals[:3] += torch.stack(omni(to_device(batch), cfg.stage))     # not DDP: ranks may differ in count
         if cfg.stage == "stage1":
-            for i in numbers:
-                reply = validation_set.rows[i]["replies"][-1]
-                limit = len(tokenizers[0](reply)["input_ids"]) + 8           # a longer text is wrong anyway
-                text, _ = watch.answer(omni, validation_set, i, cfg.stage, limit)
-                totals[3:] += torch.tensor([text == reply, 1], device=device)
+            expected = [validation_set.rows[i]["replies"][-1] for i in numbers]
+            limit = max(map(len, tokenizers[0](expected)["input_ids"])) + 8  # a longer text is wrong anyway
+            said = watch.answers(omni, validation_set, numbers, cfg.stage, limit)
+            right = sum(text == reply for (text, _), reply in zip(said, expected))
+            totals[3:] += torch.tensor([right, len(numbers)], device=device)
     loss, n, right, exact, replies = accelerator.reduce(totals).tolist()
     result = {"val_loss": loss / n, "val_accuracy": right / n}
     if replies:

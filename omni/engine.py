@@ -1,159 +1,404 @@
 """
-The streaming decoder: a reply is spoken while it is still being written.
+The engine: replies as they are made, one or many at once.
 
-Why apart from model.py: training sees a whole reply at once, talking makes it token by token, with caches.
-Both walk the same order, `read_write`, so the speech LM is fed row for row what it was trained on
-(tests/test_layout.py).
+Why apart from model.py: training sees a whole reply at once, talking makes it token by token. Both walk the
+same order (`after_row` in model.py), so the speech LM is fed row for row what it was trained on
+(tests/test_layout.py). A decoder's time goes into reading its weights, once per step, so several replies cost
+hardly more than one: each has a row of the caches, joins when a row is free and leaves when it is done.
 
-How: `generate` yields text and units as they are made. After every R tokens of text it yields a burst of W
-units, which a codec can play while the LLM writes on.
+How: a round gives every reply up to R tokens of text, then a burst of up to W units.
+
+    engine = Engine(omni, rows=8)
+    for ids, clips in questions:
+        engine.submit(ids, clips)
+    for reply, kind, x in engine.stream():            # "text", "units", "note", "done"
+        ...                                           # submit and cancel as you like
+
+What is shared is only time: each reply's choices are drawn with its own random numbers.
 """
+import os
+from dataclasses import dataclass, field
+
 import torch
-from transformers import DynamicCache
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from model import expand_speech, read_write
+from model import SPEECH, expand_speech
+from omni.audio import DOWNSAMPLE, speech_positions
+from omni.packing import round_up
 
 
-def sample(logits, temperature=1.0, top_p=1.0, top_k=0, recent=(), limit=0.0):
-    """Draw one id from logits (V,).
+class Decoder:
+    """A Qwen2Model that continues several sequences at once, each at its own length, over caches of keys and
+    values that are made once."""
 
-    temperature  0 takes the likeliest
-    top_p, top_k draw from the smallest set whose mass reaches top_p, and from the top_k likeliest (0: no
-    limit)
-    recent, limit  if the id occurs more than `limit` times in `recent`, draw again from the whole
-                   distribution
-                 (repetition-aware sampling, VALL-E 2)
+    def __init__(self, network, rows, length):
+        """rows: how many sequences;  length: positions that each has room for, see `make_room`"""
+        self.network = network
+        self.used = [0] * rows                        # positions that each row's cache holds
+        d = network.layers[0].self_attn.head_dim
+        shape = len(network.layers), rows, network.config.num_key_value_heads, 0, d
+        self.keys = self.values = network.embed_tokens.weight.new_zeros(shape)
+        self.make_room(length)
+
+    def make_room(self, length):
+        """Let rows have at least `length` positions; what they hold stays."""
+        have = self.keys.shape[3]
+        if length > have:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, length - have)) for x in (self.keys, self.values))
+            position = torch.arange(length, device=self.keys.device)[None]
+            self.cos, self.sin = (x[0] for x in self.network.rotary_emb(self.keys, position))    # (length, d)
+
+    def step(self, x, rows, counts):
+        """Append embedded positions to rows, and compute their states.
+
+        x (B, n, D)  the next n positions of each of `rows` (B numbers, all different), of which the first
+                     counts[b] are real
+        Returns      states (B, n, D), of which those of real positions mean something
+        """
+        B, n, _ = x.shape
+        starts = [self.used[row] for row in rows]
+        for row, count in zip(rows, counts):
+            self.used[row] += count
+        T = max(starts) + n
+        device, d = x.device, self.keys.shape[-1]
+        at = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)       # (B, n)
+        row = torch.tensor(rows, device=device)
+        cos, sin = self.cos[at][:, :, None], self.sin[at][:, :, None]         # (B, n, 1, d)
+        mask = None
+        if n > 1 or min(starts) < max(starts):
+            mask = torch.arange(T, device=device) <= at[..., None]                               # (B, n, T)
+        if rows == list(range(rows[0], rows[0] + B)):
+            row_slice = slice(rows[0], rows[0] + B)   # a view; otherwise the rows are copied together
+        else:
+            row_slice = row
+
+        def rotate(q):
+            first, second = q.chunk(2, -1)
+            return q * cos + torch.cat([-second, first], -1) * sin
+
+        for layer, keys, values in zip(self.network.layers, self.keys, self.values):
+            attn, norm = layer.self_attn, layer.input_layernorm
+            y = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+            q = rotate(attn.q_proj(y).view(B, n, -1, d))                      # (B, n, H, d)
+            keys[row[:, None], :, at] = rotate(attn.k_proj(y).view(B, n, -1, d))
+            values[row[:, None], :, at] = attn.v_proj(y).view(B, n, -1, d)
+            y = attend(q, keys[row_slice, :, :T], values[row_slice, :, :T], mask)
+            x = x + attn.o_proj(y)
+            norm = layer.post_attention_layernorm
+            x = x + layer.mlp(F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon))
+        norm = self.network.norm
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def attend(q, k, v, mask):
+    """q (B, n, H, d), k and v (B, K, T, d), mask (B, n, T) or None -> (B, n, H d).
+
+    The H / K queries that share a key are laid side by side as if they were positions: no key is copied.
     """
-    if temperature == 0:
-        return int(logits.argmax())
-    whole = torch.softmax(logits / temperature, -1)
-    p, order = whole.sort(descending=True)
-    keep = p.cumsum(-1) - p < top_p
-    if top_k:
-        keep[top_k:] = False
-    token = int(order[torch.multinomial(p * keep, 1)])
-    if recent and list(recent).count(token) > limit:
-        token = int(torch.multinomial(whole, 1))
-    return token
+    B, n, H, d = q.shape
+    K = k.shape[1]
+    q = q.view(B, n, K, H // K, d).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * n, d)
+    if mask is not None:
+        mask = mask[:, None].repeat(1, 1, H // K, 1)                          # (B, 1, H / K n, T)
+    y = F.scaled_dot_product_attention(q, k, v, mask)
+    return y.view(B, K, H // K, n, d).permute(0, 3, 1, 2, 4).reshape(B, n, H * d)
 
 
-def write_text(omni, x, limit, temperature, top_p, eos):
-    """Continue a prompt x (1, L, H): yields (id, state (H,) that predicted it, is_last), one token at a
-    time."""
-    cache = DynamicCache()
-    for i in range(limit):
-        state = omni.model(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        token = sample(omni.lm_head(state)[0].float(), temperature, top_p)
-        last = token == eos or i == limit - 1
-        yield token, state[0], last
-        if last:
+def sample(logits, temperature, uniform, top_p=1.0, top_k=0, recent=None, limit=0):
+    """Draw an id for each row of logits (B, V) -> (B,).
+
+    temperature    (B,); 0 takes the likeliest
+    uniform        (B, 2) random numbers below 1, a row's own
+    top_p, top_k   draw from the smallest set whose mass reaches top_p, and from the top_k likeliest (0: no
+                   limit)
+    recent, limit  if the id occurs more than `limit` times in recent (B, n), draw again from the whole
+                   distribution (repetition-aware sampling, VALL-E 2)
+    """
+    likeliest = logits.argmax(-1)
+    greedy = temperature == 0
+    whole = torch.softmax(logits.double() / temperature.masked_fill(greedy, 1)[:, None], -1)
+    kept = whole
+    if top_p < 1 or top_k:
+        p, order = whole.sort(descending=True)
+        keep = p.cumsum(-1) - p < top_p
+        if top_k:
+            keep[:, top_k:] = False
+        kept = torch.zeros_like(whole).scatter(-1, order, p * keep)
+
+    def at(p, u):
+        """The id at which the summed probabilities pass u of their whole."""
+        mass = p.cumsum(-1)
+        return (mass <= u[:, None] * mass[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+
+    ids = at(kept, uniform[:, 0])
+    if recent is not None:
+        often = (recent == ids[:, None]).sum(-1) > limit
+        ids = torch.where(often, at(whole, uniform[:, 1]), ids)
+    return torch.where(greedy, likeliest, ids)
+
+
+@dataclass(eq=False)
+class Reply:
+    """A reply in the making, see `Engine.submit`."""
+    ids: list                          # the prompt, SPEECH at every position that a clip fills
+    clips: list                        # log-mels (n_mels, frames)
+    given: list | None                 # ids of a text to be said as it is
+    speaks: bool
+    temperature: float                 # of the units
+    random: torch.Generator            # its own
+    row: int | None = None             # of the caches, once it has one
+    state: torch.Tensor | None = None  # the LLM's last state (H,)
+    text: list = field(default_factory=list)         # ids
+    text_done: bool = False
+    unread: list = field(default_factory=list)       # rows (D,) that the speech LM reads with its next burst
+    units: list = field(default_factory=list)
+    ended: bool = False                # has EOS ended the speech?
+    done: bool = False                 # complete or cancelled
+
+
+class Engine:
+    """Replies in rows of two caches, the LLM's and the speech LM's. `stream` does the work; between two of
+    its events anything may be submitted or cancelled, by the same thread."""
+
+    def __init__(self, omni, rows=1, max_tokens=128, max_units=1024, text_temperature=0.0, text_top_p=1.0,
+                 top_p=1.0, top_k=0, window=10, repeats=0.0, eos=None, constrain=True, trace=None):
+        """
+        rows         replies that are made at once; others wait
+        max_tokens, max_units   limits on a reply's text and units, so that every reply ends
+        text_temperature, text_top_p   of the text; 0 is greedy
+        top_p, top_k (0: off)   narrow the choice of units
+        repeats      repetition-aware sampling (VALL-E 2): a unit that makes up more than this share of the
+                     last `window` units is drawn again from the whole distribution; 0 turns it off
+        eos          the id that ends a text; none: the checkpoint's
+        constrain    mask what cannot follow: in a burst everything but units, at the end everything but units
+                     and EOS
+        trace        a list that receives the speech LM's inputs and logits of the first reply, for tests
+        """
+        generator = omni.speech_generator
+        self.omni, self.max_tokens, self.max_units = omni, max_tokens, max_units
+        self.text_temperature, self.text_top_p = text_temperature, text_top_p
+        self.top_p, self.top_k, self.window, self.limit = top_p, top_k, window, repeats * window
+        self.eos = omni.config["eos_token_id"] if eos is None else eos
+        self.constrain, self.trace = constrain, trace
+        self.llm = Decoder(omni.model, rows, 1024)
+        self.speech_lm = Decoder(generator.model.model, rows, self.speech_positions(max_tokens))
+        self.cached = [[] for _ in range(rows)]       # what the LLM has read in each row, as keys
+        self.free, self.waiting, self.active = list(range(rows)), [], []
+        self.head = generator.model.lm_head.weight
+        self.choices = torch.arange(len(self.head), device=self.head.device)
+        if constrain:                                 # units and EOS: a twentieth of a real vocabulary
+            self.choices = torch.cat([self.choices[generator.unit_offset:], self.choices[[generator.eos]]])
+            self.head = self.head[self.choices]
+
+    def speech_positions(self, tokens):
+        """How many positions a reply of so many tokens may take in the speech LM."""
+        return tokens + 1 + self.max_units + self.omni.W
+
+    def submit(self, ids, clips=(), reply=None, speak=True, temperature=1.0, seed=None):
+        """Ask for a reply -> a Reply; it begins when a row is free.
+
+        ids          list of prompt ids, with one SPEECH for each of `clips`, log-mels (n_mels, frames)
+        reply        ids of a text to be said as it is, without the LLM: what stage 1 TTS learns
+        temperature  of the units; 0 is greedy
+        seed         of this reply's random numbers; none: drawn from torch's
+        Raises ValueError if the prompt has not one SPEECH per clip, or is longer than the LLM was made for.
+        """
+        ids = expand_speech(ids, [clip.shape[-1] for clip in clips])
+        room = self.omni.config["max_position_embeddings"] - self.max_tokens
+        if len(ids) > room:
+            raise ValueError(f"the conversation has {len(ids)} positions, and the LLM has room for {room}; "
+                             "begin a new one")
+        seed = int(torch.randint(2 ** 62, ())) if seed is None else seed
+        given = None if reply is None else [*reply, self.eos]
+        random = torch.Generator().manual_seed(seed)
+        self.waiting.append(Reply(ids, list(clips), given, speak, temperature, random))
+        return self.waiting[-1]
+
+    def cancel(self, reply):
+        """Forget a reply; its row is free for another."""
+        reply.done = True
+        if reply in self.waiting:
+            self.waiting.remove(reply)
+        if reply in self.active:
+            self.active.remove(reply)
+            self.free.append(reply.row)
+
+    def generate(self, ids, clips=(), **options):
+        """One reply, see `submit`: yields (kind, x). Whoever stops listening cancels it."""
+        reply = self.submit(ids, clips, **options)
+        try:
+            for other, kind, x in self.stream():
+                if other is reply and kind != "done":
+                    yield kind, x
+        finally:
+            self.cancel(reply)
+
+    @torch.inference_mode()
+    def stream(self):
+        """Make all replies: yields (reply, kind, x) and ends when there is nothing left to do.
+
+        ("text", id), ("units", [unit, ...]), if a limit was hit ("note", why), and at the end of a reply
+        ("done", None), when its row is free already
+        """
+        while self.waiting or self.active:
+            self.hear()
+            yield from self.think()
+            yield from self.speak()
+            for reply in list(self.active):
+                cut = reply.speaks and not reply.ended and len(reply.units) >= self.max_units
+                if reply.text_done and cut:
+                    yield reply, "note", f"the speech was cut at {self.max_units} units"
+                if reply.text_done and (cut or reply.ended or not reply.speaks):
+                    self.cancel(reply)
+                    yield reply, "done", None
+
+    # ---------------------------------------------------------------------------- the parts of a round
+
+    def hear(self):
+        """Give rows to replies that wait, and let the LLM read their prompts, all at once. What a row has
+        read before, as in the earlier turns of a conversation, it does not read again."""
+        new = []
+        while self.waiting and self.free:
+            reply = self.waiting.pop(0)
+            keys = keys_of(reply)
+            same = {row: len(os.path.commonprefix([keys, self.cached[row]])) for row in self.free}
+            # the row that has read most of this, and in which least of another conversation gets lost
+            reply.row = max(self.free, key=lambda row: 2 * same[row] - len(self.cached[row]))
+            self.free.remove(reply.row)
+            self.active.append(reply)
+            self.speech_lm.used[reply.row] = 0
+            if reply.given is not None:
+                self.speech_lm.make_room(self.speech_positions(len(reply.given)))
+                continue
+            known = min(same[reply.row], len(keys) - 1)           # the last position tells the state
+            self.llm.used[reply.row], self.cached[reply.row] = known, keys
+            new.append((reply, known))
+        if not new:
             return
-        x = omni.model.embed_tokens(torch.tensor([[token]], device=x.device))
+        device, clips = self.head.device, []
+        for reply, known in new:
+            positions = reply.ids[:known].count(SPEECH)
+            for clip in reply.clips:
+                if positions == 0:
+                    clips.append(clip)
+                else:
+                    positions -= speech_positions(clip.shape[-1])
+        encoded = [None] * len(new)
+        if clips:
+            mel = torch.cat(clips, 1).to(device)
+            encoded = self.omni.encode_speech(mel, [clip.shape[-1] for clip in clips])
+            encoded = encoded.split([DOWNSAMPLE * reply.ids[known:].count(SPEECH) for reply, known in new])
+        prompts = [self.omni.embed_prompt(torch.tensor(reply.ids[known:], device=device), part)
+                   for (reply, known), part in zip(new, encoded)]             # (n, H) each
+        longest = max(len(reply.ids) for reply, _ in new)
+        self.llm.make_room(round_up(longest + self.max_tokens, 1024))
+        counts = [len(x) for x in prompts]
+        states = self.llm.step(pad_sequence(prompts, True), [reply.row for reply, _ in new], counts)
+        for (reply, _), state, count in zip(new, states, counts):
+            reply.state = state[count - 1]
 
+    def think(self):
+        """Up to R more tokens of text for each reply."""
+        omni, device = self.omni, self.head.device
+        for _ in range(omni.R):
+            writing = [reply for reply in self.active if not reply.text_done]
+            asked = [reply for reply in writing if reply.given is None]
+            self.read_own([reply for reply in asked if reply.text])
+            if asked:
+                states = torch.stack([reply.state for reply in asked])                           # (B, H)
+                temperature = torch.full((len(asked),), self.text_temperature, device=device)
+                tokens = sample(omni.lm_head(states).float(), temperature, self.draw(asked), self.text_top_p)
+                rows = omni.speech_generator.fuse(states, tokens)                                # (B, D)
+                for reply, token, row in zip(asked, tokens.tolist(), rows):
+                    yield from self.add(reply, token, row)
+            for reply in writing:
+                if reply.given is not None:           # its rows are embeddings alone
+                    token = reply.given[len(reply.text)]
+                    row = omni.speech_generator.embed(torch.tensor(token, device=device))
+                    yield from self.add(reply, token, row)
 
-def fused_rows(omni, ids, clips, reply, eos, speak, **text):
-    """The rows of a reply as the LLM writes it: yields ((id, row (D,) or None), is_last).
+    def read_own(self, replies):
+        """Let the LLM read the last token that it wrote in each reply."""
+        if not replies:
+            return
+        tokens = [reply.text[-1] for reply in replies]
+        x = self.omni.model.embed_tokens(torch.tensor(tokens, device=self.head.device))[:, None]
+        states = self.llm.step(x, [reply.row for reply in replies], [1] * len(replies))
+        for reply, token, state in zip(replies, tokens, states):
+            self.cached[reply.row].append(token)
+            reply.state = state[0]
 
-    With `reply`, a list of text ids, the LLM is not asked: rows are embeddings alone, what stage 1 TTS learns
-    from. Without `speak` rows are None.
-    """
-    generator, device = omni.speech_generator, omni.lm_head.weight.device
-    if reply is not None:
-        for i, token in enumerate([*reply, eos]):
-            yield (token, generator.embed(torch.tensor(token, device=device))), i == len(reply)
-        return
-    frames = [clip.shape[-1] for clip in clips]
-    encoded = omni.encode_speech(torch.cat(list(clips), 1).to(device), frames) if frames else None
-    prompt = torch.tensor(expand_speech(ids, frames), device=device)
-    for token, state, last in write_text(omni, omni.embed_prompt(prompt, encoded)[None], eos=eos, **text):
-        row = generator.fuse(state, torch.tensor(token, device=device)) if speak else None
-        yield (token, row), last
+    def add(self, reply, token, row):
+        """The next token of a text is known, and with it a row (D,) of the speech LM."""
+        generator = self.omni.speech_generator
+        reply.unread.append(row)
+        if token != self.eos:
+            reply.text.append(token)
+        limit = self.max_tokens if reply.given is None else len(reply.given)
+        reply.text_done = token == self.eos or len(reply.text) == limit
+        if reply.done:                                # cancelled meanwhile
+            return
+        if token != self.eos:
+            yield reply, "text", token
+        if reply.text_done:                           # the text is complete: from now on the speech may end
+            reply.unread.append(generator.embed(torch.tensor(generator.sep, device=row.device)))
+            if token != self.eos:
+                yield reply, "note", f"the text was cut at {limit} tokens"
 
-
-class SpeechWriter:
-    """The speech LM at work on one reply: what it has read and written so far, in its cache."""
-
-    def __init__(self, generator, draw, window, constrain, trace):
-        """draw(logits (V,), ids of the last `window` units) -> id;  constrain, trace: see `generate`."""
-        self.generator, self.draw, self.window, self.trace = generator, draw, window, trace
-        self.cache, self.pending, self.units = DynamicCache(), [], []
-        self.ended = False                                    # has EOS ended the last burst?
-        weight = generator.model.lm_head.weight
-        self.allowed = torch.full((len(weight),), not constrain, device=weight.device)
-        self.allowed[generator.unit_offset:] = True           # EOS only after `<sep>`
-
-    def read(self, row):
-        """Take in a fused row (D,); it is computed with the next burst."""
-        self.pending.append(row)
-
-    def read_sep(self):
-        """The text is complete: from now on the speech may end."""
-        device = self.allowed.device
-        self.pending.append(self.generator.embed(torch.tensor(self.generator.sep, device=device)))
-        self.allowed[self.generator.eos] = True
-
-    def write(self, limit):
-        """Write up to `limit` units, or up to EOS -> list of units."""
-        generator, burst, self.ended = self.generator, [], False
-        while not self.ended and len(burst) < limit:
-            inputs = torch.stack(self.pending)
-            output = generator.model.model(inputs_embeds=inputs[None], past_key_values=self.cache,
-                                           use_cache=True)
-            logits = generator.model.lm_head(output.last_hidden_state[0, -1]).float()
+    def speak(self):
+        """A burst of up to W units for each reply that speaks; behind `<sep>` EOS may end it."""
+        W, generator, device = self.omni.W, self.omni.speech_generator, self.head.device
+        talking = [reply for reply in self.active if reply.speaks and len(reply.units) < self.max_units]
+        if not talking:
+            return
+        rows, counts = [reply.row for reply in talking], [len(reply.unread) for reply in talking]
+        x = pad_sequence([torch.stack(reply.unread) for reply in talking], True)                 # (B, n, D)
+        last = torch.tensor(counts, device=device) - 1
+        may_end = torch.tensor([reply.text_done for reply in talking], device=device)
+        temperature = torch.tensor([reply.temperature for reply in talking], device=device)
+        uniform = [self.draw(talking) for _ in range(W)]
+        recent = None
+        if self.limit:
+            units = [([-1] * self.window + reply.units)[-self.window:] for reply in talking]
+            recent = torch.tensor(units, device=device)
+        burst, ended = [], torch.zeros_like(may_end)
+        for i in range(W):
+            states = self.speech_lm.step(x, rows, counts)
+            logits = F.linear(states[torch.arange(len(rows), device=device), last], self.head).float()
             if self.trace is not None:
-                self.trace.append((inputs, logits))
-            recent = [unit + generator.unit_offset for unit in self.units[-self.window:]]
-            token = self.draw(logits.masked_fill(~self.allowed, -torch.inf), recent)
-            self.pending = [generator.embed(torch.tensor(token, device=logits.device))]
-            if token == generator.eos:
-                self.ended = True
-            else:
-                burst.append(token - generator.unit_offset)
-                self.units.append(burst[-1])
-        return burst
+                self.trace.append((x[0, :counts[0]], logits[0].clone()))
+            if self.constrain:
+                logits[~may_end, -1] = -torch.inf
+            chosen = sample(logits, temperature, uniform[i], self.top_p, self.top_k, recent, self.limit)
+            ids = self.choices[chosen]                                                           # (B,)
+            burst.append(ids)
+            if self.limit:
+                recent = torch.cat([recent[:, 1:], ids[:, None] - generator.unit_offset], 1)
+            x, counts, last = generator.embed(ids)[:, None], [1] * len(rows), torch.zeros_like(last)
+            ended |= ids == generator.eos
+            room = max(self.max_units - len(reply.units) for reply in talking)
+            if i + 1 == room or device.type == "cpu" and ended.all():         # a GPU would have to wait
+                break
+        for reply, ids, row in zip(talking, torch.stack(burst, 1).tolist(), x):
+            reply.unread = [row[0]]
+            if generator.eos in ids:
+                ids, reply.ended = ids[:ids.index(generator.eos)], reply.text_done
+            units = [id - generator.unit_offset for id in ids[:self.max_units - len(reply.units)]]
+            reply.units += units
+            if units and not reply.done:
+                yield reply, "units", units
+
+    def draw(self, replies):
+        """Two random numbers below 1 for each reply, of its own generator (B, 2)."""
+        return torch.stack([torch.rand(2, generator=reply.random) for reply in replies]).to(self.head.device)
 
 
-@torch.inference_mode()
-def generate(omni, ids, clips=(), eos=None, speak=True, max_tokens=128, max_units=1024, text_temperature=0.0,
-             text_top_p=1.0, temperature=1.0, top_p=1.0, top_k=0, window=10, repeats=0.0, constrain=True,
-             trace=None, reply=None):
-    """Answer, streaming.
-
-    ids          list of prompt ids, with one SPEECH for each of `clips`, log-mels (n_mels, frames)
-    max_tokens, max_units   limits on the reply's text and units, so that every reply ends
-    temperature  0 is greedy; top_p, top_k (0: off) narrow the choice of units
-    repeats      repetition-aware sampling (VALL-E 2): a unit that makes up more than this share of the last
-                 `window` units is drawn again from the whole distribution; 0 turns it off
-    constrain    mask what cannot follow: in a burst everything but units, at the end everything but units and
-                 EOS
-    reply        ids of a text to be said as it is, without the LLM: what stage 1 TTS learns
-    trace        a list that receives the speech LM's inputs and logits, for tests
-    Yields ("text", id), ("units", [unit, ...]) and, if a limit was hit, ("note", why).
-    """
-    def draw(logits, recent):
-        return sample(logits, temperature, top_p, top_k, recent if repeats else [], repeats * window)
-
-    eos = omni.config["eos_token_id"] if eos is None else eos
-    writer = SpeechWriter(omni.speech_generator, draw, window, constrain, trace)
-    rows = fused_rows(omni, ids, clips, reply, eos, speak, limit=max_tokens, temperature=text_temperature,
-                      top_p=text_top_p)
-    for action, x in read_write(rows, omni.R, omni.W):
-        if action == "read":
-            token, row = x
-            if token != eos:
-                yield "text", token
-            if speak:
-                writer.read(row)
-        elif not speak:
-            continue
-        elif action == "sep":
-            writer.read_sep()
-            if token != eos:
-                yield "note", f"the text was cut at {max_tokens} tokens"
-        else:                                                 # a burst of x units, or all that are left
-            room = max_units - len(writer.units)
-            burst = writer.write(room if x is None else min(x, room))
-            if burst:
-                yield "units", burst
-            if x is None and not writer.ended:
-                yield "note", f"the speech was cut at {max_units} units"
+def keys_of(reply):
+    """What tells the positions of a prompt apart: an id, or for speech the hash of its clip."""
+    keys, at = list(reply.ids), 0
+    for clip in reply.clips:
+        at = keys.index(SPEECH, at)
+        n = speech_positions(clip.shape[-1])
+        keys[at:at + n] = [hash(clip.cpu().numpy().tobytes())] * n
+    return keys

@@ -9,32 +9,33 @@ import os
 import soundfile
 import torch
 
-from omni.engine import generate
+from omni.engine import Engine
 from omni.files import read_json
 
 CURVES = "runs/reference_curves"      # STAGE.json: the losses of our own runs, with their settings
+ROWS = 16                             # replies that are made at once
 TOLERANCE = 1.5                       # a loss beyond this many times the reference's, and 0.02, is not normal
 
 
-def answer(omni, dialogues, i, stage, max_tokens):
-    """The model's last turn in dialogue i of a data.Dialogues, from speech, or in stage 1 TTS from the true
-    text.
+def answers(omni, dialogues, numbers, stage, max_tokens):
+    """The model's last turns in some dialogues of a data.Dialogues, from speech, or in stage 1 TTS from the
+    true texts.
 
-    Returns (text, units). Greedy text, units at temperature 0.3; the training's random state stays as it was.
+    Returns [(text, units)]. Greedy text, units at temperature 0.3; no random numbers of the training are
+    used.
     """
-    text, units, device = [], [], omni.lm_head.weight.device
-    prompt, mels = dialogues.prompt(i)
-    reply = None if dialogues.hear else dialogues.tokenizer(dialogues.rows[i]["replies"][-1])["input_ids"]
-    events = generate(omni, prompt, mels, max_tokens=max_tokens, temperature=0.3, speak=stage != "stage1",
-                      reply=reply)
-    gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpu), torch.compiler.set_stance("force_eager"):
-        for kind, x in events:
-            if kind == "text":
-                text.append(x)
-            elif kind == "units":
-                units += x
-    return dialogues.tokenizer.decode(text), units
+    engine, replies = Engine(omni, rows=min(ROWS, max(1, len(numbers))), max_tokens=max_tokens), []
+    for i in numbers:
+        prompt, mels = dialogues.prompt(i)
+        given = None
+        if not dialogues.hear:
+            given = dialogues.tokenizer(dialogues.rows[i]["replies"][-1])["input_ids"]
+        replies.append(engine.submit(prompt, mels, given, speak=stage != "stage1", temperature=0.3, seed=i))
+    texts = {reply: [] for reply in replies}
+    for reply, kind, x in engine.stream():
+        if kind == "text":
+            texts[reply].append(x)
+    return [(dialogues.tokenizer.decode(texts[reply]), reply.units) for reply in replies]
 
 
 def write_samples(omni, dialogues, cfg, codec, step):
@@ -42,8 +43,8 @@ def write_samples(omni, dialogues, cfg, codec, step):
     is a codec. Yields a line for each."""
     folder = os.path.join(cfg.out_dir, "samples")
     os.makedirs(folder, exist_ok=True)
-    for i in range(min(cfg.samples, len(dialogues))):
-        text, units = answer(omni, dialogues, i, cfg.stage, max_tokens=128)
+    numbers = range(min(cfg.samples, len(dialogues)))
+    for i, (text, units) in zip(numbers, answers(omni, dialogues, numbers, cfg.stage, max_tokens=128)):
         line = f"sample {i}: {dialogues.rows[i]['users'][-1]} -> {text}"
         if units:
             line += f" | {len(units)} units: {' '.join(map(str, units))}"

@@ -17,6 +17,7 @@ import torch
 from data import Dialogues
 from omni import checkpoint
 from omni.audio import SAMPLE_RATE, UNIT_VOCAB, wav_bytes
+from omni.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "llama_omni2"
@@ -60,6 +61,11 @@ def items(tiny):
     """ROWS, laid out for training: three dialogues of one, two and three turns."""
     omni, *tokenizers = tiny
     return list(Dialogues(ROWS, *tokenizers, omni.model.speech_encoder.n_mels, omni.R, omni.W))
+
+
+def generate(omni, ids, clips=(), reply=None, speak=True, temperature=1.0, **options):
+    """One reply of an engine made for it: yields (kind, x). options: of Engine."""
+    return Engine(omni, **options).generate(ids, clips, reply=reply, speak=speak, temperature=temperature)
 
 
 def run(*command, code=0, **more):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import load
 from datasets import Dataset
 
 import eval as evaluation
@@ -24,7 +25,7 @@ def turn(**more):
             "reference": "It is Paris.", "spoken": "It is <stress>Paris</stress>.", "answer": "Paris",
             "text": "It is Paris.", "notes": [],
             "wav": np.full(16000, 0.1, np.float32), "heard_bigram": "it is paris",
-            "heard_word_loop": "its perished", "first_text": 0.1, "first_audio": 0.2, "seconds": 0.5} | more
+            "heard_word_loop": "its perished"} | more
 
 
 def row(seconds=1.0):
@@ -210,17 +211,15 @@ def test_a_missing_text_model_is_not_looked_for_on_the_hub(tmp_path):
 
 @pytest.mark.parametrize("pad_audio,frames", [(False, 100), (True, 3000)])
 def test_questions_are_padded_as_in_training(monkeypatch, pad_audio, frames):
-    seen = []
+    omni, tokenizer, _ = load()
+    omni.config["pad_audio"], seen, submit = pad_audio, [], evaluation.Engine.submit
 
-    def answer(omni, tokenizer, codec, mels, replies, sampling):
-        seen.extend(mel.shape[1] for mel in mels)
-        return "It is Paris.", np.zeros(0, np.float32), [], (0.1, None, 0.2)
-    monkeypatch.setattr(evaluation, "answer", answer)
-    encoder = SimpleNamespace(n_mels=80)
-    omni = SimpleNamespace(model=SimpleNamespace(speech_encoder=encoder), pad_audio=pad_audio,
-                           speech_generator=SimpleNamespace(gate=torch.nn.Identity()))
-    turns, gate = evaluation.answer_all(omni, None, None, [row()], None)
-    assert seen == [frames] and len(turns) == 1 and len(gate) == 0
+    def remember(engine, ids, clips, **more):
+        seen.extend(clip.shape[1] for clip in clips)
+        return submit(engine, ids, clips, **more)
+    monkeypatch.setattr(evaluation.Engine, "submit", remember)
+    turns, _ = evaluation.answer_all(omni, tokenizer, None, [row()], EvalConfig())
+    assert seen == [frames] and len(turns) == 1
 
 
 @pytest.mark.parametrize("keep,spoken,files", [
@@ -236,7 +235,7 @@ def test_the_picture_needs_no_spoken_reply(tmp_path, monkeypatch, capsys, keep, 
     (run / "meta.json").write_text(json.dumps({"log": log}))
     monkeypatch.setattr(evaluation.checkpoint, "newest_checkpoint", str)
     cfg = EvalConfig(out=str(out), runs=(str(run),), keep=keep)
-    said = turn() if spoken else turn(wav=np.zeros(0, np.float32), heard_bigram="", first_audio=None)
+    said = turn() if spoken else turn(wav=np.zeros(0, np.float32), heard_bigram="")
     evaluation.write(cfg, [row()], [said], judge_text([said], None), 16000)
     assert {path.name for path in out.iterdir()} == files | {"eval.json", "gallery.md", "demo.png"}
     for name in files:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import generate
 from safetensors.torch import load_file
 
 from model import SPEECH, expand_speech, forward_packed
-from omni import checkpoint, engine
+from omni import checkpoint
 from omni.audio import log_mel
+from omni.engine import Engine
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "data" / "llama_omni2"))
 
@@ -60,9 +62,11 @@ def test_speech_to_text_agrees_with_official_code(golden, name):
     close(omni.lm_head(hidden[:, -16:]), theirs["logits_last16"])
     # greedy text through the cached path, and the states that predicted it
     steps = theirs["greedy_tokens"].shape[1]
-    text = list(engine.write_text(omni, x, steps, 0.0, 1.0, eos=-1))
-    assert [token for token, _, _ in text] == theirs["greedy_tokens"][0].tolist()
-    close(torch.stack([state for _, state, _ in text]), theirs["greedy_hidden"][0])
+    writer = Engine(omni, max_tokens=steps, eos=-1)
+    reply = writer.submit(ids, clips, speak=False)
+    states = [reply.state for _, kind, _ in writer.stream() if kind == "text"]
+    assert reply.text == theirs["greedy_tokens"][0].tolist()
+    close(torch.stack(states), theirs["greedy_hidden"][0])
     fused = omni.speech_generator.fuse(theirs["greedy_hidden"][0], theirs["greedy_tokens"][0])
     close(fused, theirs["fused"])
 
@@ -73,7 +77,7 @@ def test_streaming_agrees_with_official_code(golden, name):
     bursts."""
     omni, ids, clips, theirs = case(golden, name)
     trace, steps, limit = [], theirs["greedy_tokens"].shape[1], len(theirs["tts_tokens"])
-    list(engine.generate(omni, ids, clips, eos=-1, max_tokens=steps, max_units=limit, temperature=0.0,
+    list(generate(omni, ids, clips, eos=-1, max_tokens=steps, max_units=limit, temperature=0.0,
                          constrain=False, trace=trace))
     assert limit == len(trace)
     logits = torch.stack([row for _, row in trace])

@@ -1,11 +1,10 @@
 """The same code on a CUDA device. Where there is none, these checks say that they did not run."""
 import pytest
 import torch
-from conftest import load
+from conftest import generate, load
 
 from data import collate
 from model import SPEECH, STAGES
-from omni import engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
                                 reason="GPU check: no CUDA device here, NOT RUN")
@@ -28,7 +27,7 @@ def test_greedy_reply_on_gpu_is_that_of_cpu(items):
     prompt, mels = [1, 2, 3, SPEECH, 4], items[0]["mels"]
 
     def reply():
-        return list(engine.generate(omni, prompt, mels, eos=-1, max_tokens=7, max_units=30, temperature=0.0))
+        return list(generate(omni, prompt, mels, eos=-1, max_tokens=7, max_units=30, temperature=0.0))
 
     here = reply()
     omni.cuda()

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import generate
 
 from model import IGNORE, speech_sequence
 from omni import engine
+from omni.audio import UNIT_VOCAB
 
 SEP, UNIT_0, EOS = 900, 1000, 800                     # made-up ids: text below 800, units from 1000
 _ = IGNORE
@@ -71,12 +73,10 @@ def stream(omni, prompt, text, units, monkeypatch):
     Returns (the speech LM's inputs (M, D), the positions at which it chose, what it yielded, {size of a
     vocabulary: the choices that it did not make}).
     """
-    generator = omni.speech_generator
-    unit_choices = [generator.unit_offset + unit for unit in units] + [generator.eos]
-    forced = {len(omni.lm_head.weight): list(text), len(generator.model.lm_head.weight): unit_choices}
-    monkeypatch.setattr(engine, "sample", lambda logits, *_: forced[len(logits)].pop(0))
+    forced = {len(omni.lm_head.weight): list(text), UNIT_VOCAB + 1: [*units, UNIT_VOCAB]}    # the last: EOS
+    monkeypatch.setattr(engine, "sample", lambda logits, *_: torch.tensor([forced[logits.shape[1]].pop(0)]))
     trace = []
-    events = list(engine.generate(omni, prompt, trace=trace))
+    events = list(generate(omni, prompt, trace=trace))
     inputs = [x for x, _ in trace]
     ends = torch.tensor([len(x) for x in inputs]).cumsum(0)
     return torch.cat(inputs), (ends - 1).tolist(), events, forced
@@ -125,18 +125,16 @@ def test_streaming_reads_what_training_laid_out(tiny, monkeypatch):
 def test_no_eos_inside_a_burst(tiny, monkeypatch):
     """EOS cannot be drawn inside a burst: it is masked there, and only there."""
     omni, tokenizer, _ = tiny
-    generator, seen = omni.speech_generator, []
-    text = iter([5, 6, 7, 8, omni.config["eos_token_id"]])
+    seen, text = [], iter([5, 6, 7, 8, omni.config["eos_token_id"]])
 
     def sample(logits, *_):
-        if len(logits) == len(omni.lm_head.weight):
-            return next(text)
-        allowed = logits > -torch.inf
-        seen.append((int(allowed[generator.unit_offset:].sum()), int(allowed.sum()),
-                     bool(allowed[generator.eos])))
-        return generator.eos if allowed[generator.eos] else generator.unit_offset
+        if logits.shape[1] == len(omni.lm_head.weight):
+            return torch.tensor([next(text)])
+        allowed = logits[0] > -torch.inf
+        seen.append((int(allowed[:UNIT_VOCAB].sum()), bool(allowed[UNIT_VOCAB])))
+        return torch.tensor([UNIT_VOCAB if allowed[UNIT_VOCAB] else 0])                     # EOS, or unit 0
 
     monkeypatch.setattr(engine, "sample", sample)
-    events = list(engine.generate(omni, tokenizer("Hello")["input_ids"]))
-    assert seen == [(6561, 6561, False)] * 10 + [(6561, 6562, True)]   # 5 rows: one burst, then EOS at once
+    events = list(generate(omni, tokenizer("Hello")["input_ids"]))
+    assert seen == [(6561, False)] * 10 + [(6561, True)]               # 5 rows: one burst, then EOS at once
     assert [x for kind, x in events if kind == "units"] == [[0] * 10]

@@ -46,8 +46,8 @@ def answer(monkeypatch, tokenizer, ids, codec):
         printed.append(len(pieces))
         yield "note", "made up"
 
-    monkeypatch.setattr(sample, "generate", generate)
-    result = sample.answer(None, tokenizer, codec, [], [], sample.SampleConfig(), pieces.append, sound.append)
+    result = sample.answer(types.SimpleNamespace(generate=generate), tokenizer, codec, [], [], 0.3,
+                           pieces.append, sound.append)
     return result, pieces, printed, sound
 
 
@@ -116,7 +116,7 @@ def command(monkeypatch, tmp_path):
     soundfile.write(tmp_path / "question.wav", 0.1 * rng.standard_normal(SAMPLE_RATE * 3 // 2), SAMPLE_RATE)
     asked = []
 
-    def generate(omni, ids, mels, **more):
+    def generate(engine, ids, mels, **more):
         asked.append([mel.shape[1] for mel in mels])
         yield "text", 50
         yield "units", [1, 2]
@@ -127,7 +127,7 @@ def command(monkeypatch, tmp_path):
         if pad_audio is not None:
             omni.config["pad_audio"] = pad_audio
         monkeypatch.setattr(checkpoint, "load", lambda name: (omni, *tokenizers))
-        monkeypatch.setattr(sample, "generate", generate)
+        monkeypatch.setattr(sample.Engine, "generate", generate)
         monkeypatch.setattr(sample, "load_codec", lambda path, voice: Codec())
         monkeypatch.setattr(sys, "argv", ["sample.py", "--wav", str(tmp_path / "question.wav"),
                                           "--out", str(tmp_path / "reply.wav"), *arguments])

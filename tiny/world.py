@@ -232,7 +232,7 @@ def statement(rng):
 
 
 def repeating(rng, memory):
-    """A quarter of what is to be repeated are replies of other topics: each of their words has to be heard."""
+    """Each word has to be heard. A quarter of what is to be repeated are replies of other topics."""
     said = statement(rng)
     if rng.random() < 0.25:
         topic = rng.choice([arithmetic, cities, opposites, calendar, colors, kinds, counting, comparing])

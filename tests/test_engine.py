@@ -1,0 +1,157 @@
+"""Many replies at once are what they are alone. It protects whoever shares an engine: neither company, nor
+joining, leaving, cancelling, nor what a row held before changes a token."""
+import pytest
+from conftest import ROWS, generate, load
+
+from data import Dialogues
+from model import expand_speech
+from omni import engine
+from omni.engine import Engine
+
+LIMITS = {"max_tokens": 9, "max_units": 77, "eos": -1}
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    """(ids, clips) of three dialogues of one, two and three turns."""
+    omni, *tokenizers = tiny
+    dialogues = Dialogues(ROWS, *tokenizers, omni.model.speech_encoder.n_mels, omni.R, omni.W)
+    return [dialogues.prompt(i) for i in range(3)]
+
+
+def collect(stream):
+    """{reply: [(kind, x)]} of what a stream yields; bursts are put together."""
+    events = {}
+    for reply, kind, x in stream:
+        mine = events.setdefault(reply, [])
+        if kind == "units" and mine and mine[-1][0] == "units":
+            mine[-1] = kind, mine[-1][1] + x
+        else:
+            mine.append((kind, x))
+    return events
+
+
+def alone(omni, prompt, limits=LIMITS, **options):
+    """The reply that an engine of its own makes."""
+    maker = Engine(omni, **limits)
+    reply = maker.submit(*prompt, **options)
+    return collect(maker.stream())[reply]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_company_changes_no_token(tiny, prompts, rows, temperature):
+    """Ten replies share a few rows, each with its own random numbers: the same events as alone."""
+    maker, asked = Engine(tiny[0], rows, **LIMITS), []
+    for n in range(10):
+        options = {"temperature": temperature, "seed": n, "speak": n != 4}
+        asked.append((maker.submit(*prompts[n % 3], **options), prompts[n % 3], options))
+    events = collect(maker.stream())
+    assert len(maker.free) == rows and not maker.active and not maker.waiting
+    for reply, prompt, options in asked:
+        assert events[reply] == alone(tiny[0], prompt, **options)
+        assert reply.done and len(reply.units) == (77 if options["speak"] else 0)
+
+
+def test_joining_and_cancelling_in_the_middle(tiny, prompts):
+    """A reply joins when another has begun, one is cancelled in its third burst: the others go on, nothing
+    more comes of it, and its row serves the next."""
+    maker = Engine(tiny[0], 2, **LIMITS)
+    first = maker.submit(*prompts[0], temperature=0.0)
+    second = maker.submit(*prompts[1], temperature=0.0)
+    third, events, bursts = None, {}, 0
+    for reply, kind, x in maker.stream():
+        assert not (reply is second and second.done and kind != "done")
+        events.setdefault(reply, []).append((kind, x))
+        if reply is first and third is None:
+            third = maker.submit(*prompts[2], temperature=0.0)
+        if reply is second and kind == "units":
+            bursts += 1
+            if bursts == 3:
+                maker.cancel(second)
+                assert second.row in maker.free
+    for reply, prompt in ((first, prompts[0]), (third, prompts[2])):
+        merged = collect((reply, *event) for event in events[reply])
+        assert merged[reply] == alone(tiny[0], prompt, temperature=0.0)
+    whole = alone(tiny[0], prompts[1], temperature=0.0)
+    assert second.units == [unit for kind, x in whole if kind == "units" for unit in x][:30]
+    assert sorted(maker.free) == [0, 1]
+
+
+def test_cancelling_what_waits_and_what_nobody_listens_to(tiny, prompts):
+    maker = Engine(tiny[0], 1, **LIMITS)
+    waiting = maker.submit(*prompts[0])
+    maker.cancel(waiting)
+    assert waiting.done and not list(maker.stream())
+    for _ in maker.generate(*prompts[0]):
+        break                                         # the listener leaves after the first token
+    assert maker.free == [0] and not maker.active
+
+
+def test_what_was_read_is_not_read_again(tiny, prompts, monkeypatch):
+    """The third turn of a conversation: the engine that held the first two reads the new positions only, and
+    says what an engine says that reads everything."""
+    omni, (ids, clips) = tiny[0], prompts[2]
+    step, read = engine.Decoder.step, []
+
+    def count(self, x, rows, counts):
+        if self.network is omni.model:
+            read.append(max(counts))
+        return step(self, x, rows, counts)
+
+    monkeypatch.setattr(engine.Decoder, "step", count)
+    maker = Engine(omni, 2, **LIMITS)
+    speech = [i for i, token in enumerate(ids) if token < 0]
+    two_turns = ids[:speech[2]]                       # up to the third clip
+    list(maker.generate(two_turns, clips[:2], temperature=0.0))
+    list(maker.generate(*prompts[0], temperature=0.0))         # another conversation takes the other row
+    read.clear()
+    again = list(maker.generate(ids, clips, temperature=0.0))
+    reread = read[0]
+    read.clear()
+    assert again == list(generate(omni, ids, clips, temperature=0.0, **LIMITS))
+    assert reread == read[0] - len(expand_speech(two_turns, [clip.shape[1] for clip in clips[:2]])) > 20
+
+
+def test_another_clip_of_the_same_length_is_read(tiny, prompts):
+    """Positions of speech look alike: a row that read another clip must read this one."""
+    ids, clips = prompts[0]
+    other = [clip.flip(1) for clip in clips]
+    maker = Engine(tiny[0], 1, **LIMITS)
+    replies = [list(maker.generate(ids, some, temperature=0.0)) for some in (clips, other, clips)]
+    assert replies[0] == replies[2] == list(generate(tiny[0], ids, clips, temperature=0.0, **LIMITS))
+    assert replies[1] == list(generate(tiny[0], ids, other, temperature=0.0, **LIMITS))
+
+
+def test_given_texts_beside_questions(tiny, prompts):
+    """Stage 1 TTS's samples: texts that are said as they are, longer than max_tokens, beside a question."""
+    limits = {"max_tokens": 9, "max_units": 77}       # a given text ends with the checkpoint's own end
+    maker = Engine(tiny[0], 3, **limits)
+    texts = [[5, 6, 7, 8], [9] * 14]
+    given = [maker.submit([1], reply=text, temperature=0.0) for text in texts]
+    asked = maker.submit(*prompts[0], temperature=0.0)
+    events = collect(maker.stream())
+    assert [reply.text for reply in given] == texts
+    for reply, text in zip(given, texts):
+        assert events[reply] == alone(tiny[0], [[1]], limits, reply=text, temperature=0.0)
+    assert events[asked] == alone(tiny[0], prompts[0], limits, temperature=0.0)
+
+
+def test_a_conversation_that_does_not_fit_is_refused():
+    omni = load()[0].eval()
+    omni.config["max_position_embeddings"] = 40
+    maker = Engine(omni, max_tokens=10)
+    with pytest.raises(ValueError, match="has 31 positions, and the LLM has room for 30"):
+        maker.submit([1] * 31)
+    assert not maker.waiting
+
+
+def test_thousand_replies_keep_memory_flat(tiny):
+    """The caches are made once, and a finished reply leaves nothing behind but what its row has read."""
+    maker = Engine(tiny[0], 4, max_tokens=4, max_units=12, eos=-1)
+    size = maker.llm.keys.numel(), maker.speech_lm.keys.numel()
+    for n in range(1000):
+        maker.submit([1 + n % 200, 2, 3], temperature=0.0)
+    assert sum(kind == "done" for _, kind, _ in maker.stream()) == 1000
+    assert (maker.llm.keys.numel(), maker.speech_lm.keys.numel()) == size
+    assert all(len(keys) < 10 for keys in maker.cached) and not maker.active
