@@ -263,8 +263,9 @@ class Engine:
             reply = self.waiting.pop(0)
             keys = keys_of(reply)
             same = {row: len(os.path.commonprefix([keys, self.cached[row]])) for row in self.free}
-            # the row that has read most of this, and in which least of another conversation gets lost
-            reply.row = max(self.free, key=lambda row: 2 * same[row] - len(self.cached[row]))
+            # a row that has read the beginning of this and nothing else; or the one that was free the longest
+            begun = [row for row in self.free if same[row] == len(self.cached[row])]
+            reply.row = max(begun, key=same.get, default=self.free[0])
             self.free.remove(reply.row)
             self.active.append(reply)
             self.speech_lm.used[reply.row] = 0
@@ -289,8 +290,10 @@ class Engine:
             mel = torch.cat(clips, 1).to(device)
             encoded = self.omni.encode_speech(mel, [clip.shape[-1] for clip in clips])
             encoded = encoded.split([DOWNSAMPLE * reply.ids[known:].count(SPEECH) for reply, known in new])
-        prompts = [self.omni.embed_prompt(torch.tensor(reply.ids[known:], device=device), part)
-                   for (reply, known), part in zip(new, encoded)]             # (n, H) each
+        prompts = []                                  # (n, H) each
+        for (reply, known), part in zip(new, encoded):
+            ids = torch.tensor(reply.ids[known:], device=device)
+            prompts.append(self.omni.embed_prompt(ids, part if SPEECH in reply.ids[known:] else None))
         longest = max(len(reply.ids) for reply, _ in new)
         self.llm.make_room(round_up(longest + self.max_tokens, 1024))
         counts = [len(x) for x in prompts]

@@ -110,7 +110,7 @@ def test_what_was_read_is_not_read_again(tiny, prompts, monkeypatch):
     reread = read[0]
     read.clear()
     assert again == list(generate(omni, ids, clips, temperature=0.0, **LIMITS))
-    assert reread == read[0] - len(expand_speech(two_turns, [clip.shape[1] for clip in clips[:2]])) > 20
+    assert reread == read[0] - len(expand_speech(two_turns, [clip.shape[1] for clip in clips[:2]]))
 
 
 def test_another_clip_of_the_same_length_is_read(tiny, prompts):
