@@ -3,6 +3,8 @@ How fast, how much memory: the README's figures of speed and size come from here
 
 How: python bench.py                      everything except the profile
      python bench.py --what sizes         parameters of each part and memory of each stage, by arithmetic
+     python bench.py --what latency       a reply, streamed: first sound, time per unit, many at once; against
+                                          a decoder that works as the official one does
      python bench.py --what stream        cost of the 50th chunk of a spoken reply against the 2nd
      python bench.py --what data          seconds and memory that data.py takes for the released JSON
      python bench.py --what train         tokens/s, memory and MFU in training, against a trainer that pads
@@ -10,6 +12,7 @@ How: python bench.py                      everything except the profile
      python bench.py --what profile       the most expensive operations of a few steps, and a trace of them
 The last line is JSON with all figures. The trace is for ui.perfetto.dev.
 """
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,14 +33,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from data import Dialogues, collate, deal, positions_of
-from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder
+from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder, expand_speech, read_write
 from omni import checkpoint
-from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, speech_positions, wav_bytes
+from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, speech_positions, wav_bytes
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
+from omni.engine import Engine
 
 # Qwen2.5: width, layers, heads, key-value heads, MLP, vocabulary, are head and table one tensor?
 QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -45,7 +50,7 @@ QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2,
          "14B": (5120, 48, 40, 8, 13824, 152064, False)}
 QWEN2_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "intermediate_size", "vocab_size", "tie_word_embeddings")
-BENCHES = ("sizes", "stream", "data", "train", "loss", "profile")
+BENCHES = ("sizes", "latency", "stream", "data", "train", "loss", "profile")
 WARM = 2                              # training steps before the clock starts, since the first are slower
 
 
@@ -64,8 +69,8 @@ class BenchConfig:
     def __post_init__(self):
         if min(self.chunk, self.head_dim, self.steps, *self.dialogues) < 1:
             raise ValueError("chunk, head_dim, steps and dialogues must be at least 1")
-        for key, values, known in (("what", self.what, BENCHES), ("sizes", self.sizes, ("tiny", *QWEN2)),
-                                   ("stage", (self.stage,), STAGES)):
+        for key, values, known in (("what", self.what, BENCHES), ("stage", (self.stage,), STAGES),
+                                   ("sizes", self.sizes, ("tiny", "mid", *QWEN2))):
             unknown = [value for value in values if value not in known]
             if unknown:
                 raise ValueError(f"{key}: {', '.join(unknown)} is none of {', '.join(known)}")
@@ -117,6 +122,176 @@ def bench_sizes(cfg):
             result[size][stage] = (16 * trained + 4 * frozen) / 1e3
         print(f"{size:20}" + "".join(f"{n:16,.1f}" for n in result[size]["parameters"].values())
               + "".join(f"{result[size][stage]:16.1f}" for stage in STAGES))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- latency
+
+def talker(size):
+    """A model that never ends its speech: "tiny" (the backbones), "mid" (LLM and speech LM of 8 layers, 512
+    wide, random), or a released size (random)."""
+    torch.manual_seed(0)
+    if size == "mid":
+        omni = mid()
+    else:
+        omni = build(size, "stage1")[0]
+    generator = omni.speech_generator
+    generator.model.lm_head.weight.data[generator.eos] = 0            # 6,561 random logits: one is above zero
+    return omni.eval()
+
+
+def mid():
+    encoder = checkpoint.load_whisper("tiny/whisper.pt")
+    network = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+               "intermediate_size": 2816, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "vocab_size": 959,
+               "max_position_embeddings": 8192, "tie_word_embeddings": True, "eos_token_id": 2}
+    speech = network | {"vocab_size": 960 + UNIT_VOCAB}
+    width = encoder.ln_post.weight.numel()
+    return Omni(network | {"speech_encoder_hidden_size": width, "speech_generator": speech,
+                           "stream_params": "(3,10)"}, encoder)
+
+
+def question(omni, seconds):
+    """(ids, clips) of a question that lasts so long: noise, which takes as long to hear as speech."""
+    wav = 0.1 * torch.randn(int(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
+    return [1, 30, 31, 32, SPEECH, 2, 33, 34, 35], [log_mel(wav, omni.model.speech_encoder.n_mels, False)]
+
+
+@torch.inference_mode()
+def official(omni, ids, clips, tokens, units):
+    """A reply as the official decoder makes it, greedy: yields ("text", id) and ("units", [unit, ...]).
+
+    The LLM has a cache, but the speech LM begins each burst with an empty one: it reads again all that it has
+    read and written. Both choose among their whole vocabulary; a unit is taken here, as the engine does.
+    """
+    generator, device = omni.speech_generator, omni.lm_head.weight.device
+
+    def states():
+        """The LLM's tokens and the states that predict them."""
+        frames = [clip.shape[1] for clip in clips]
+        encoded = omni.encode_speech(torch.cat(clips, 1).to(device), frames)
+        x = omni.embed_prompt(torch.tensor(expand_speech(ids, frames), device=device), encoded)[None]
+        cache = DynamicCache()
+        for i in range(tokens):
+            state = omni.model(inputs_embeds=x, past_key_values=cache).last_hidden_state[0, -1]
+            token = omni.lm_head(state).argmax()
+            yield (int(token), generator.fuse(state, token)), i == tokens - 1
+            x = omni.model.embed_tokens(token)[None, None]
+
+    read, written = [], 0
+    for action, x in read_write(states(), omni.R, omni.W):
+        if action == "read":
+            yield "text", x[0]
+            read.append(x[1])
+        elif action == "sep":
+            read.append(generator.embed(torch.tensor(generator.sep, device=device)))
+        else:
+            burst, cache, inputs = [], DynamicCache(), torch.stack(read)[None]
+            for _ in range(min(x or units, units - written)):
+                state = generator.model.model(inputs_embeds=inputs, past_key_values=cache).last_hidden_state
+                logits = generator.model.lm_head(state[0, -1])
+                unit = logits[generator.unit_offset:].argmax()
+                burst.append(int(unit))
+                read.append(generator.embed(unit + generator.unit_offset))
+                inputs = read[-1][None, None]
+            written += len(burst)
+            yield "units", burst
+
+
+def timed(events):
+    """Run a reply -> ([(kind, x)], seconds at each event)."""
+    clock, seen, times = time.perf_counter(), [], []
+    for event in events:
+        seen.append(event)
+        times.append(time.perf_counter() - clock)
+    return seen, times
+
+
+def flat(events):
+    """The text ids, and the units, of a reply."""
+    text = [x for kind, x in events if kind == "text"]
+    return text, [unit for kind, x in events if kind == "units" for unit in x]
+
+
+def read_bandwidth(device):
+    """Bytes per second at which the machine reads memory: the sum of 1 GB."""
+    x, times = torch.ones(2 ** 28, device=device), []
+    for _ in range(5):
+        synchronize()
+        clock = time.perf_counter()
+        x.sum().item()
+        times.append(time.perf_counter() - clock)
+    return x.numel() * 4 / min(times)
+
+
+def median_of(function, repeats=5):
+    return statistics.median(function() for _ in range(repeats))
+
+
+def bench_reply(size, units, repeats):
+    """One long reply, ours and the official way, by turns, on the same weights; both must say the same."""
+    omni = talker(size)
+    device, tokens = omni.lm_head.weight.device, units * 3 // 10 // 2
+    ids, clips = question(omni, 2.5)
+    engine = Engine(omni, max_tokens=tokens, max_units=units, eos=-1)
+    ours, theirs = [], []
+    for _ in range(repeats):
+        said, times = timed(engine.generate(ids, clips, temperature=0.0))
+        expected, slow = timed(official(omni, ids, clips, tokens, units))
+        if flat(said) != flat(expected):
+            fail(f"latency: {size}: the two decoders do not say the same")
+        ours.append(times)
+        theirs.append(slow[-1])
+    bursts = [i for i, (kind, _) in enumerate(said) if kind == "units"]
+    per_unit = [statistics.median(times[i] - times[i - 1] for times in ours) / omni.W for i in bursts]
+    late = statistics.median(per_unit[-6:-1])
+    weights = matrix_weights(omni.speech_generator.model.model.layers) + engine.head.numel()
+    floor = weights * omni.lm_head.weight.element_size() / read_bandwidth(device)
+    first = next(i for i, (kind, _) in enumerate(said) if kind == "units")
+    result = {"units": units, "ours_s": statistics.median(times[-1] for times in ours),
+              "official_s": statistics.median(theirs),
+              "first_text_ms": 1000 * statistics.median(times[0] for times in ours),
+              "first_burst_ms": 1000 * statistics.median(times[first] for times in ours),
+              "unit_ms_early": 1000 * statistics.median(per_unit[1:6]), "unit_ms_late": 1000 * late,
+              "floor_ms": 1000 * floor, "share_of_floor": floor / late}
+    result["ratio"] = result["official_s"] / result["ours_s"]
+    long = question(omni, 30)
+    ours = median_of(lambda: timed(itertools.islice(engine.generate(*long), 1))[1][0], repeats)
+    slow = median_of(lambda: timed(itertools.islice(official(omni, *long, 1, 1), 1))[1][0], repeats)
+    result |= {"first_text_30s_ms": 1000 * ours, "first_text_30s_ratio": slow / ours}
+    return result
+
+
+def bench_batch(size, units, sizes):
+    """Units per second of several replies at once."""
+    omni, result = talker(size), {}
+    ids, clips = question(omni, 2.5)
+    for rows in sizes:
+        engine = Engine(omni, rows, max_tokens=units // 4, max_units=units, eos=-1)
+        times = []
+        for _ in range(3):
+            for n in range(rows):
+                engine.submit(ids, clips, temperature=1.0, seed=n)
+            times.append(timed(engine.stream())[1][-1])
+        result[rows] = rows * units / min(times)
+    return result
+
+
+def bench_latency(cfg):
+    """See the docstring of this file. Random weights, so nobody listens; times do not depend on them."""
+    result = {}
+    for size in sizes_here(cfg) if cfg.sizes or torch.cuda.is_available() else ("tiny", "mid"):
+        figures = alone(bench_reply, size, 800, 5)
+        batch = figures["units_per_s"] = alone(bench_batch, size, 200, (1, 8, 16))
+        result[size] = figures
+        many = ", ".join(f"{rows}: {rate:.0f} ({rate / batch[1]:.1f} x)" for rows, rate in batch.items())
+        print("latency: {size}: 800 units in {ours_s:.2f} s, the official way {ratio:.2f} times that\n"
+              "    first text {first_text_ms:.0f} ms, first burst {first_burst_ms:.0f} ms\n"
+              "    first text after 30 s of speech {first_text_30s_ms:.0f} ms, the official way "
+              "{first_text_30s_ratio:.2f} times that\n"
+              "    a unit {unit_ms_early:.2f} ms early, {unit_ms_late:.2f} ms late; its weights are read in "
+              "{floor_ms:.2f} ms ({share_of_floor:.0%})\n"
+              "    units/s by replies at once: {many}".format(size=size, many=many, **figures))
     return result
 
 
@@ -582,7 +757,7 @@ def bench_profile(cfg):
 
 def main():
     cfg = configure(BenchConfig)
-    functions = bench_sizes, bench_stream, bench_data, bench_train, bench_loss, bench_profile
+    functions = bench_sizes, bench_latency, bench_stream, bench_data, bench_train, bench_loss, bench_profile
     benches = dict(zip(BENCHES, functions))
     print(json.dumps({what: benches[what](cfg) for what in cfg.what}))
 

@@ -13,6 +13,7 @@ from conftest import run
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from eval import exact_typed, language_model, transcribe, word_error_rate
+from omni.audio import SAMPLE_RATE
 from omni.augment import CONDITIONS
 from omni.checkpoint import load_whisper
 from omni.espeak import ACCENTS, ASSISTANT, UNSEEN_ACCENT, plain, speak
@@ -56,9 +57,10 @@ def test_whisper(accents, figure):
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_whisper_in_noise(condition):
-    """The same with other voices, a fan, a room or a telephone between the speaker and the model."""
-    jobs = backbones.questions(random.Random(8), "test", 60)
-    assert whisper_error_rate(jobs, condition) < logged(f"whisper: WER on .* with {condition}:") + 6
+    """The same with other voices, a fan, a room or a telephone between the speaker and the model. In babble
+    single questions are lost as a whole, so figures of few questions scatter (16 % of 60 were seen)."""
+    jobs = backbones.questions(random.Random(8), "test", 120)
+    assert whisper_error_rate(jobs, condition) < logged(f"whisper: WER on .* with {condition}:") + 8
 
 
 AWB = voices.missing(["flite/awb"])
@@ -70,6 +72,45 @@ def test_whisper_hears_a_person():
     jobs = [(text, "flite/awb:1.00:1.00:1.00")
             for text, _ in backbones.questions(random.Random(9), "test", 60)]
     assert whisper_error_rate(jobs) < logged("whisper: WER on .* of flite/awb:") + 6
+
+
+def test_a_question_as_it_is_heard():
+    """Every word in its order, at most two in a row of 100 ms, some in two rows in a row, gaps between them:
+    somewhat more rows than espeak-ng's speech of it has."""
+    rng, tokenizer = random.Random(0), Qwen2Tokenizer.from_pretrained(TINY / "qwen2")
+    shares = []
+    for text, voice in backbones.questions(rng, "train", 60):
+        ids = tokenizer(text)["input_ids"]
+        rows = backbones.heard(rng, ids, [len(tokenizer.decode([token])) for token in ids])
+        assert all(first >= 0 or second < 0 for first, second in rows)
+        said = [token for row in rows for token in row if token >= 0]
+        left = iter(said)
+        assert all(token in left for token in ids) and set(said) == set(ids)
+        shares.append(len(rows) / (10 * len(speak(text, voice)) / SAMPLE_RATE))
+    assert 1 < sum(shares) / len(shares) < 2          # and pauses, which espeak-ng does not make
+
+
+def test_a_dialogue_as_rows():
+    """Typed, the rows are the chat template's own tokens, and the labels what the assistant says; heard, only
+    the questions differ."""
+    tokenizer, rng = Qwen2Tokenizer.from_pretrained(TINY / "qwen2"), random.Random(3)
+    turns = [turn for _ in range(3) for turn in dialogue(rng, "train")]
+    chat = [{"role": who, "content": turn[key]} for turn in turns
+            for who, key in (("user", "user"), ("assistant", "assistant"))]
+    whole = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    typed = backbones.labelled_dialogue(random.Random(0), tokenizer, turns, spoken=False)
+    assert typed[:, 0].tolist() == whole and (typed[:, 1] == -1).all() and not typed[:, 3].any()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = [[*tokenizer(turn["assistant"])["input_ids"], end] for turn in turns]
+    assert [x for x in typed[:, 2].tolist() if x != backbones.IGNORE] == [x for ids in said for x in ids]
+    spoken = backbones.labelled_dialogue(random.Random(0), tokenizer, turns, spoken=True)
+    heard = spoken[:, 3] == 1
+    assert heard.any() and (spoken[heard, 2] == backbones.IGNORE).all()
+    outside = [row for row in typed[:, 0].tolist()]
+    for turn in turns:
+        for token in tokenizer(turn["user"])["input_ids"]:
+            outside.remove(token)
+    assert sorted(spoken[~heard, 0].tolist()) == sorted(outside)
 
 
 def test_qwen2():
