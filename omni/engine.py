@@ -199,11 +199,13 @@ class Engine:
         """Ask for a reply -> a Reply; it begins when a row is free.
 
         ids          list of prompt ids, with one SPEECH for each of `clips`, log-mels (n_mels, frames)
-        reply        ids of a text to be said as it is, without the LLM: what stage 1 TTS learns
+        reply        ids of a text to be said as it is: what stage 1 TTS learns. The LLM is asked nothing
         temperature  of the units; 0 is greedy
         seed         of this reply's random numbers; none: drawn from torch's
         Raises ValueError if the prompt has not one SPEECH per clip, or is longer than the LLM was made for.
         """
+        if reply is not None:
+            ids, clips = [], ()
         ids = expand_speech(ids, [clip.shape[-1] for clip in clips])
         room = self.omni.config["max_position_embeddings"] - self.max_tokens
         if len(ids) > room:

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROWS, generate, load
 
 from data import Dialogues
-from model import expand_speech
+from model import SPEECH, expand_speech
 from omni import engine
 from omni.engine import Engine
 
@@ -128,12 +128,12 @@ def test_given_texts_beside_questions(tiny, prompts):
     limits = {"max_tokens": 9, "max_units": 77}       # a given text ends with the checkpoint's own end
     maker = Engine(tiny[0], 3, **limits)
     texts = [[5, 6, 7, 8], [9] * 14]
-    given = [maker.submit([1], reply=text, temperature=0.0) for text in texts]
+    given = [maker.submit([1, SPEECH], reply=text, temperature=0.0) for text in texts]        # nothing is heard
     asked = maker.submit(*prompts[0], temperature=0.0)
     events = collect(maker.stream())
     assert [reply.text for reply in given] == texts
     for reply, text in zip(given, texts):
-        assert events[reply] == alone(tiny[0], [[1]], limits, reply=text, temperature=0.0)
+        assert events[reply] == alone(tiny[0], [[]], limits, reply=text, temperature=0.0)
     assert events[asked] == alone(tiny[0], prompts[0], limits, temperature=0.0)
 
 
