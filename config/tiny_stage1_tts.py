@@ -8,11 +8,11 @@ validation loss 0.21, 95 % of the validation units guessed right.
 stage = "stage1_tts"
 init_from = "out/tiny_stage1"
 out_dir = "out/tiny_stage1_tts"
-batch_size = 32
+batch_size = 16
 micro_tokens = 16384
-epochs = 1.2
+epochs = 1.8
 lr = 6e-3
 muon = True
 codec = "tiny/codec.pt"
-eval_every = 200
-save_every = 200
+eval_every = 400
+save_every = 400

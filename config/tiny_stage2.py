@@ -8,11 +8,11 @@ validation loss 0.21 -> 0.20, 96 % of the validation units guessed right.
 stage = "stage2"
 init_from = "out/tiny_stage1_tts"
 out_dir = "out/tiny_stage2"
-batch_size = 32
+batch_size = 16
 micro_tokens = 16384
 epochs = 0.5
 lr = 3e-3
 muon = True
 codec = "tiny/codec.pt"
-eval_every = 200
-save_every = 200
+eval_every = 300
+save_every = 300

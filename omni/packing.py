@@ -37,18 +37,16 @@ def attention(q, k, v, mask, causal):
 
     Rows are padded on the right, so causal attention needs no mask.
     """
-    if q.is_cuda or not torch.is_grad_enabled():
+    if q.is_cuda or not causal or not torch.is_grad_enabled():
         mask = None if causal else mask
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     # on CPU the backward of torch's fused attention is slower than that of plain products
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    weights = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    if causal:
-        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        weights = weights.masked_fill(~mask, -torch.inf)
-    return weights.float().softmax(-1).to(v.dtype) @ v
+    B, H, L, d = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))           # (B H, L, d)
+    future = torch.full((L, L), -torch.inf, dtype=q.dtype).triu(1)
+    weights = torch.baddbmm(future, q.flatten(0, 1), k.transpose(1, 2), alpha=d ** -0.5)
+    weights = weights.softmax(-1, dtype=torch.float32)        # in bf16 its gradient is too coarse to learn by
+    return (weights.to(v.dtype) @ v).view(B, H, L, d)
 
 
 def round_up(n, step=256):

@@ -128,7 +128,7 @@ def test_given_texts_beside_questions(tiny, prompts):
     limits = {"max_tokens": 9, "max_units": 77}       # a given text ends with the checkpoint's own end
     maker = Engine(tiny[0], 3, **limits)
     texts = [[5, 6, 7, 8], [9] * 14]
-    given = [maker.submit([1, SPEECH], reply=text, temperature=0.0) for text in texts]        # nothing is heard
+    given = [maker.submit([1, SPEECH], reply=text, temperature=0.0) for text in texts]
     asked = maker.submit(*prompts[0], temperature=0.0)
     events = collect(maker.stream())
     assert [reply.text for reply in given] == texts
