@@ -208,8 +208,8 @@ def to_device(batch):
 
 model = parallel.wrap(omni, accelerator, sharding)    # what is called in training; omni is what is inside
 trained = {name: p for name, p in omni.named_parameters() if p.requires_grad}
-between = "embed_tokens", "lm_head", "speech_projector"       # Muon is for matrices inside the networks
-matrices = [name for name, p in trained.items() if p.ndim == 2 and not any(part in name for part in between)]
+tables = "embed_tokens", "lm_head"
+matrices = [name for name, p in trained.items() if p.ndim == 2 and not any(table in name for table in tables)]
 by_muon = matrices if cfg.muon else []
 by_adamw = [p for name, p in trained.items() if p.ndim > 1 and name not in by_muon]
 vectors = [p for p in trained.values() if p.ndim < 2]

@@ -1,12 +1,12 @@
 """
 The engine: replies as they are made, one or many at once.
 
-Why apart from model.py: training sees a whole reply at once, talking makes it token by token. Both walk the
-same order (`after_row` in model.py), so the speech LM is fed row for row what it was trained on
+Why apart from model.py: training sees a whole reply at once, talking makes it token by token. Both follow the
+order of `read_write` in model.py, so the speech LM is fed row for row what it was trained on
 (tests/test_layout.py). A decoder's time goes into reading its weights, once per step, so several replies cost
 hardly more than one: each has a row of the caches, joins when a row is free and leaves when it is done.
 
-How: a round gives every reply up to R tokens of text, then a burst of up to W units.
+How: a round gives every reply R tokens of text (fewer at its end), then a burst of W units.
 
     engine = Engine(omni, rows=8)
     for ids, clips in questions:
@@ -33,7 +33,7 @@ class Decoder:
     values that are made once."""
 
     def __init__(self, network, rows, length):
-        """rows: how many sequences;  length: positions that each has room for, see `make_room`"""
+        """rows: how many sequences;  length: positions that each has room for; more are made as needed"""
         self.network = network
         self.used = [0] * rows                        # positions that each row's cache holds
         d = network.layers[0].self_attn.head_dim
@@ -42,12 +42,11 @@ class Decoder:
         self.make_room(length)
 
     def make_room(self, length):
-        """Let rows have at least `length` positions; what they hold stays."""
-        have = self.keys.shape[3]
-        if length > have:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, length - have)) for x in (self.keys, self.values))
-            position = torch.arange(length, device=self.keys.device)[None]
-            self.cos, self.sin = (x[0] for x in self.network.rotary_emb(self.keys, position))    # (length, d)
+        """Let every row have `length` positions; what they hold stays."""
+        more = length - self.keys.shape[3]
+        self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+        position = torch.arange(length, device=self.keys.device)[None]
+        self.cos, self.sin = (x[0] for x in self.network.rotary_emb(self.keys, position))        # (length, d)
 
     def step(self, x, rows, counts):
         """Append embedded positions to rows, and compute their states.
@@ -61,17 +60,18 @@ class Decoder:
         for row, count in zip(rows, counts):
             self.used[row] += count
         T = max(starts) + n
+        if T > self.keys.shape[3]:
+            self.make_room(round_up(T, 1024))
         device, d = x.device, self.keys.shape[-1]
         at = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)       # (B, n)
-        row = torch.tensor(rows, device=device)
-        cos, sin = self.cos[at][:, :, None], self.sin[at][:, :, None]         # (B, n, 1, d)
         mask = None
         if n > 1 or min(starts) < max(starts):
             mask = torch.arange(T, device=device) <= at[..., None]                               # (B, n, T)
+        mine = torch.tensor(rows, device=device)
+        new = mine[:, None], slice(None), at          # where keys and values go, (B, n, K, d)
         if rows == list(range(rows[0], rows[0] + B)):
-            row_slice = slice(rows[0], rows[0] + B)   # a view; otherwise the rows are copied together
-        else:
-            row_slice = row
+            mine = slice(rows[0], rows[0] + B)        # a view; otherwise the rows are copied together
+        cos, sin = self.cos[at][:, :, None], self.sin[at][:, :, None]         # (B, n, 1, d)
 
         def rotate(q):
             first, second = q.chunk(2, -1)
@@ -81,9 +81,9 @@ class Decoder:
             attn, norm = layer.self_attn, layer.input_layernorm
             y = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
             q = rotate(attn.q_proj(y).view(B, n, -1, d))                      # (B, n, H, d)
-            keys[row[:, None], :, at] = rotate(attn.k_proj(y).view(B, n, -1, d))
-            values[row[:, None], :, at] = attn.v_proj(y).view(B, n, -1, d)
-            y = attend(q, keys[row_slice, :, :T], values[row_slice, :, :T], mask)
+            keys[new] = rotate(attn.k_proj(y).view(B, n, -1, d))
+            values[new] = attn.v_proj(y).view(B, n, -1, d)
+            y = attend(q, keys[mine, :, :T], values[mine, :, :T], mask)
             x = x + attn.o_proj(y)
             norm = layer.post_attention_layernorm
             x = x + layer.mlp(F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon))
@@ -182,7 +182,7 @@ class Engine:
         self.eos = omni.config["eos_token_id"] if eos is None else eos
         self.constrain, self.trace = constrain, trace
         self.llm = Decoder(omni.model, rows, 1024)
-        self.speech_lm = Decoder(generator.model.model, rows, self.speech_positions(max_tokens))
+        self.speech_lm = Decoder(generator.model.model, rows, max_tokens + max_units + 2 * omni.W)
         self.cached = [[] for _ in range(rows)]       # what the LLM has read in each row, as keys
         self.free, self.waiting, self.active = list(range(rows)), [], []
         self.head = generator.model.lm_head.weight
@@ -190,10 +190,6 @@ class Engine:
         if constrain:                                 # units and EOS: a twentieth of a real vocabulary
             self.choices = torch.cat([self.choices[generator.unit_offset:], self.choices[[generator.eos]]])
             self.head = self.head[self.choices]
-
-    def speech_positions(self, tokens):
-        """How many positions a reply of so many tokens may take in the speech LM."""
-        return tokens + 1 + self.max_units + self.omni.W
 
     def submit(self, ids, clips=(), reply=None, speak=True, temperature=1.0, seed=None):
         """Ask for a reply -> a Reply; it begins when a row is free.
@@ -272,7 +268,6 @@ class Engine:
             self.active.append(reply)
             self.speech_lm.used[reply.row] = 0
             if reply.given is not None:
-                self.speech_lm.make_room(self.speech_positions(len(reply.given)))
                 continue
             known = min(same[reply.row], len(keys) - 1)           # the last position tells the state
             self.llm.used[reply.row], self.cached[reply.row] = known, keys
@@ -296,8 +291,6 @@ class Engine:
         for (reply, known), part in zip(new, encoded):
             ids = torch.tensor(reply.ids[known:], device=device)
             prompts.append(self.omni.embed_prompt(ids, part if SPEECH in reply.ids[known:] else None))
-        longest = max(len(reply.ids) for reply, _ in new)
-        self.llm.make_room(round_up(longest + self.max_tokens, 1024))
         counts = [len(x) for x in prompts]
         states = self.llm.step(pad_sequence(prompts, True), [reply.row for reply, _ in new], counts)
         for (reply, _), state, count in zip(new, states, counts):

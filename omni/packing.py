@@ -45,8 +45,8 @@ def attention(q, k, v, mask, causal):
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))           # (B H, L, d)
     future = torch.full((L, L), -torch.inf, dtype=q.dtype).triu(1)
     weights = torch.baddbmm(future, q.flatten(0, 1), k.transpose(1, 2), alpha=d ** -0.5)
-    weights = weights.softmax(-1, dtype=torch.float32)        # in bf16 its gradient is too coarse to learn by
-    return (weights.to(v.dtype) @ v).view(B, H, L, d)
+    weights = weights.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v).view(B, H, L, d)
 
 
 def round_up(n, step=256):

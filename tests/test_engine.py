@@ -137,6 +137,20 @@ def test_given_texts_beside_questions(tiny, prompts):
     assert events[asked] == alone(tiny[0], prompts[0], limits, temperature=0.0)
 
 
+def test_caches_grow_where_a_conversation_is_long(tiny, prompts):
+    """A clip of 130 s is 1,300 positions, beside a short question whose row holds something already."""
+    omni = tiny[0]
+    long = prompts[0][0], [prompts[0][1][0].repeat(1, 130)]
+    maker = Engine(omni, 2, **LIMITS)
+    list(maker.generate(*prompts[2], temperature=0.0))
+    before = maker.llm.keys.shape[3]
+    asked = [maker.submit(*prompt, temperature=0.0) for prompt in (prompts[2], long)]
+    events = collect(maker.stream())
+    assert before == 1024 and maker.llm.keys.shape[3] == 2048
+    for reply, prompt in zip(asked, (prompts[2], long)):
+        assert events[reply] == alone(omni, prompt, temperature=0.0)
+
+
 def test_a_conversation_that_does_not_fit_is_refused():
     omni = load()[0].eval()
     omni.config["max_position_embeddings"] = 40

@@ -313,7 +313,7 @@ def unclear(rng, memory, split):
     return draw_unclear(rng, split), "I did not understand that.", "understand"
 
 
-TOPICS = {arithmetic: 10, capitals: 4, cities: 10, opposites: 12, calendar: 16, colors: 10, kinds: 8,
+TOPICS = {arithmetic: 10, capitals: 4, cities: 10, opposites: 12, calendar: 10, colors: 10, kinds: 8,
           counting: 10, comparing: 16, repeating: 60, telling: 20, manners: 4, unclear: 10}  # topic: weight
 SHARED = (recalling, manners, unclear)                # their sentences may occur in any split
 COMPOSED = (repeating,)                               # one reply in five is held out: there are thousands
