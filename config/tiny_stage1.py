@@ -2,8 +2,8 @@
 Stage 1 in the embedded world: speech -> text. The adapter and the whole LLM learn to answer what the frozen
 Whisper hears.
 
-At commit 29cb1d2, 2 cores of an Intel Xeon (Sapphire Rapids), two processes: 861 s, loss 3.7 -> 0.07,
-validation loss 0.09, 83 % of the validation replies exactly right.
+At commit 4129582, 2 cores of an AMD EPYC (Zen 5), two processes: 753 s, loss 2.5 -> 0.03, validation loss
+0.08, 91 % of the validation replies exactly right.
 """
 stage = "stage1"
 out_dir = "out/tiny_stage1"

@@ -2,8 +2,8 @@
 Stage 2 in the embedded world: speech -> speech. Gate fusion and the speech LM learn to speak from the LLM's
 hidden states too.
 
-At commit 29cb1d2, 2 cores of an Intel Xeon (Sapphire Rapids), two processes: 258 s, loss 0.30 -> 0.23,
-validation loss 0.21 -> 0.20, 96 % of the validation units guessed right.
+At commit 4129582, 2 cores of an AMD EPYC (Zen 5), two processes: 233 s, loss 0.24 -> 0.21, validation loss
+0.22, 95 % of the validation units guessed right.
 """
 stage = "stage2"
 init_from = "out/tiny_stage1_tts"
