@@ -57,7 +57,7 @@ WARM = 2                              # training steps before the clock starts, 
 @dataclass(frozen=True)
 class BenchConfig:
     what: tuple[str, ...] = BENCHES[:-1]                # which benches to run
-    sizes: tuple[str, ...] = ()                         # train, profile: tiny, 0.5B ...; none: what fits here
+    sizes: tuple[str, ...] = ()                         # tiny, 0.5B ..., latency: mid; none: what fits here
     codec: str = "tests/data/cosyvoice2_decoder"        # stream: a folder with flow.pt and hift.pt
     head_dim: int = 8                                   # stream: head size of that flow; 64 in the release
     chunk: int = 10                                     # stream: units in a chunk
@@ -74,6 +74,8 @@ class BenchConfig:
             unknown = [value for value in values if value not in known]
             if unknown:
                 raise ValueError(f"{key}: {', '.join(unknown)} is none of {', '.join(known)}")
+        if "mid" in self.sizes and self.what != ("latency",):
+            raise ValueError("size mid is for --what latency alone")
 
 
 def sizes_here(cfg):
@@ -141,6 +143,7 @@ def talker(size):
 
 
 def mid():
+    """Between tiny and 0.5B: what two cores can just speak in real time."""
     encoder = checkpoint.load_whisper("tiny/whisper.pt")
     network = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
                "intermediate_size": 2816, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "vocab_size": 959,
