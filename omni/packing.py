@@ -76,7 +76,9 @@ class Rows:
         rectangles, self.masks = [], []               # masks of the keys, (B, 1, 1, L), or None
         steps = (4, 16) if torch.device(device).type == "cpu" else (1, 1)
         for group in groups:
-            B, L = round_up(len(group), steps[0]), round_up(lengths[group[0]], steps[1])
+            B, L = len(group), round_up(lengths[group[0]], steps[1])
+            if B > steps[0]:                          # a clip alone should not cost as much as four
+                B = round_up(B, steps[0])
             at = torch.full((B, L), -1)               # place in T, or -1
             for row, i in enumerate(group):
                 at[row, :lengths[i]] = torch.arange(ends[i] - lengths[i], ends[i])

@@ -198,7 +198,9 @@ def test_rows_are_laid_side_by_side_and_back():
     assert (rows.index[rows.back[:n]] == torch.arange(n)).all()
     assert (rows.index >= 0).sum() == n
     assert rows.position[:n].tolist() == [p for n in LENGTHS for p in range(n)]
-    assert rows.shapes == [(4, 32), (4, 32), (4, 16), (4, 16), (4, 16), (4, 16)]
+    assert rows.shapes == [(3, 32), (1, 32), (1, 16), (1, 16), (1, 16), (1, 16)]
+    assert Rows([9] * 5).shapes == [(8, 16)]          # few shapes
+    assert Rows([1500]).shapes == [(1, 1504)]         # a clip alone
     assert sum(B * L for B, L in rows.shapes) == len(rows.index)
 
 
