@@ -308,7 +308,13 @@ def batches(dialogues, groups, workers):
         dialogues, batch_sampler=groups, collate_fn=collate, num_workers=workers, worker_init_fn=start_worker,
         prefetch_factor=4 if workers else None, generator=torch.Generator(),
         multiprocessing_context="fork" if workers else None)         # train.py cannot be imported
+    stops = {signal.SIGINT, signal.SIGTERM}
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)      # a worker begins before it can ignore them
+        try:
+            loader = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         yield from loader
     except (OSError, ValueError, RuntimeError) as e:  # the last line of a worker's traceback says why
         raise ValueError(str(e).strip().splitlines()[-1]) from e
