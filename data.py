@@ -298,23 +298,17 @@ def kill_workers_at_exit():
 
 def batches(dialogues, groups, workers):
     """Yields the batches that `groups`, lists of row numbers, ask for. It draws from no random generator but
-    its own.
-
-    Raises ValueError that names the dialogue that cannot be read.
-    """
+    its own. Raises ValueError that names the dialogue that cannot be read."""
     if workers:
         kill_workers_at_exit()
     loader = torch.utils.data.DataLoader(
         dialogues, batch_sampler=groups, collate_fn=collate, num_workers=workers, worker_init_fn=start_worker,
         prefetch_factor=4 if workers else None, generator=torch.Generator(),
         multiprocessing_context="fork" if workers else None)         # train.py cannot be imported
-    stops = {signal.SIGINT, signal.SIGTERM}
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, stops)      # a worker begins before it can ignore them
-        try:
-            loader = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))     # until workers can
+        loader = iter(loader)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         yield from loader
     except (OSError, ValueError, RuntimeError) as e:  # the last line of a worker's traceback says why
         raise ValueError(str(e).strip().splitlines()[-1]) from e

@@ -243,11 +243,10 @@ def evaluate():
     for batch, numbers in zip(batches(validation_set, mine, cfg.workers), mine):
         totals[:3] += torch.stack(omni(to_device(batch), cfg.stage))     # not DDP: ranks may differ in count
         if cfg.stage == "stage1":
-            expected = [validation_set.rows[i]["replies"][-1] for i in numbers]
-            limit = max(map(len, tokenizers[0](expected)["input_ids"])) + 8  # a longer text is wrong anyway
-            said = watch.answers(omni, validation_set, numbers, cfg.stage, limit)
-            right = sum(text == reply for (text, _), reply in zip(said, expected))
-            totals[3:] += torch.tensor([right, len(numbers)], device=device)
+            replies = [validation_set.rows[i]["replies"][-1] for i in numbers]
+            limit = max(map(len, tokenizers[0](replies)["input_ids"])) + 8   # a longer text is wrong anyway
+            texts = [text for text, _ in watch.answers(omni, validation_set, numbers, cfg.stage, limit)]
+            totals[3:] += torch.tensor([sum(map(str.__eq__, texts, replies)), len(numbers)], device=device)
     loss, n, right, exact, replies = accelerator.reduce(totals).tolist()
     result = {"val_loss": loss / n, "val_accuracy": right / n}
     if replies:
