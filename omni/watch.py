@@ -31,11 +31,9 @@ def answers(omni, dialogues, numbers, stage, max_tokens):
         if not dialogues.hear:
             given = dialogues.tokenizer(dialogues.rows[i]["replies"][-1])["input_ids"]
         replies.append(engine.submit(prompt, mels, given, speak=stage != "stage1", temperature=0.3, seed=i))
-    texts = {reply: [] for reply in replies}
-    for reply, kind, x in engine.stream():
-        if kind == "text":
-            texts[reply].append(x)
-    return [(dialogues.tokenizer.decode(texts[reply]), reply.units) for reply in replies]
+    for _ in engine.stream():
+        pass
+    return [(dialogues.tokenizer.decode(reply.text), reply.units) for reply in replies]
 
 
 def write_samples(omni, dialogues, cfg, codec, step):
