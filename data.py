@@ -60,6 +60,7 @@ class DataConfig:
     train: int = 20000                 # tiny: dialogues for training
     validation: int = 200              # tiny: dialogues for the loss and the figures during training
     test: int = 1000                   # tiny: dialogues for eval.py: other sentences, replies and voices
+    people: bool = True                # tiny: let shipped clips of people's voices ask training questions
     augment: bool = True               # tiny: put training questions into rooms, noise, microphones, codecs
     condition: str | None = None       # tiny: put all questions into this one: babble, fan, room or telephone
     codec: str = "tiny/codec.pt"       # makes the units: a file, or CosyVoice 2's folder; not for instructs2s

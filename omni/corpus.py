@@ -84,7 +84,8 @@ def records(cfg):
     if cfg.source == "tiny":
         from tiny import world  # here, because no other source needs it
 
-        yield from world.dialogues(cfg.seed, {split: getattr(cfg, split) for split in SPLITS}, cfg.voices)
+        counts = {split: getattr(cfg, split) for split in SPLITS}
+        yield from world.dialogues(cfg.seed, counts, cfg.voices, cfg.people)
         return
     try:
         with open(cfg.path, encoding="utf-8-sig", newline="") as file:

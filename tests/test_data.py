@@ -18,6 +18,7 @@ from omni.audio import log_mel, read_audio, read_wav, speech_positions, wav_byte
 from omni.espeak import VARIANTS, draw_voice, plain
 from tiny import unclear, world
 from tiny.codec import FSQ, NanoCodec
+from tiny.voices import shipped_clips
 
 JFK = Path(__file__).parent / "data" / "jfk.flac"    # 11 s of 1961, public domain; openai-whisper's test clip
 
@@ -189,7 +190,7 @@ def test_the_unclear_test_is_new(drawn):
 def test_unclear_turns_have_the_voice_of_their_text():
     """Within one dialogue: the user's voice for English, the language's for other languages, and a sound."""
     rng, kinds = random.Random(0), set()
-    for row in world.dialogues(0, {"train": 400, "test": 100}):
+    for row in world.dialogues(0, {"train": 400, "test": 100}, people=False):
         for text, topic, voice in zip(row["users"], row["topics"], row["voices"]):
             if text.startswith("("):
                 kind, seconds, seed = voice.removeprefix("sound/").split(":")
@@ -203,6 +204,23 @@ def test_unclear_turns_have_the_voice_of_their_text():
             else:
                 assert voice == row["voice"] and unclear.voice_of(rng, text, row["split"]) is None
     assert kinds == {"sound", "foreign"}
+
+
+def test_shipped_clips_ask_training_questions_only():
+    """Four in five of the training questions of which there is a clip are asked by it, whatever the seed. The
+    dialogues are the same without them, and the other splits never hear them."""
+    counts, clips = {"train": 1500, "validation": 100, "test": 100}, shipped_clips()
+    told, asked = {text for text, _ in clips}, []
+    for a, b in zip(world.dialogues(1, counts), world.dialogues(1, counts, people=False)):
+        for text, voice, other in zip(a["users"], a["voices"], b["voices"]):
+            if a["split"] == "train" and text in told:
+                asked.append(voice != other)
+                assert voice == other or (text, voice) in clips
+            else:
+                assert voice == other
+        assert {**a, "voices": ()} == {**b, "voices": ()}
+    assert len(asked) > 300 and 0.7 < np.mean(asked) < 0.9
+    assert world.split_of(next(iter(told))) == "train"
 
 
 def test_topics_ask_in_many_ways():

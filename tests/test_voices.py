@@ -66,6 +66,20 @@ def formant_shift(plain, changed):
 
 # ---------------------------------------------------------------------------------------------- who is heard
 
+def test_shipped_clips_are_what_the_synthesizers_say():
+    """Each is of a training voice; where its synthesizer is installed, it sounds as that does. And no
+    synthesizer is needed to read one."""
+    clips = list(voices.shipped_clips())
+    assert len(clips) == 1500 and {voice.split(":")[0] for _, voice in clips} == set(VOICES["train"])
+    for name in VOICES["train"]:
+        job = next((text, voice) for text, voice in clips if voice.startswith(f"{name}:"))
+        shipped = say_all([job])[0]
+        assert shipped.dtype == np.float32 and 0.5 < len(shipped) / SAMPLE_RATE < 10
+        if not missing([name]):
+            spoken = speak_all([job])[0]
+            both = [log_mel(torch.from_numpy(wav), 80, False).flatten().numpy() for wav in (shipped, spoken)]
+            assert len(shipped) == len(spoken) and np.corrcoef(both)[0, 1] > 0.9
+
 def test_no_speaker_is_in_two_splits():
     """The held-out voices mean something only if no recording of their speakers trains the listener."""
     speakers = {}

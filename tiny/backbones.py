@@ -9,6 +9,11 @@ formats, so that train.py and sample.py cannot tell the difference:
     tiny/qwen2/       transformers' Qwen2ForCausalLM and its tokenizer: `from_pretrained("tiny/qwen2")`
     tiny/codec.pt     tiny/codec.py's NanoCodec
 
+and a part that is no network: clips of voices made from recordings of people, for the corpus to hear where
+their synthesizers are not installed:
+
+    tiny/people.parquet
+
 The repository ships them, and tiny/backbones.log is the log of the run that made them.
 
 How: `python tiny/backbones.py` synthesizes speech of the train split (tiny/world.py), trains each backbone
@@ -21,6 +26,7 @@ to be installed, and it says which are missing. On CPU two processes with a thre
 fast as one with two threads: `torchrun --nproc_per_node 2 tiny/backbones.py --parts whisper`.
 """
 import dataclasses
+import io
 import itertools
 import multiprocessing
 import os
@@ -31,6 +37,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.parquet
+import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -54,13 +62,13 @@ from omni.packing import round_up
 from tiny import voices
 from tiny.codec import NanoCodec
 from tiny.unclear import draw_unclear, voice_of
-from tiny.world import SHARED, dialogue, split_of
+from tiny.world import SHARED, dialogue, dialogues, split_of
 
 
 @dataclass(frozen=True)
 class BackbonesConfig:
     out_dir: str = "tiny"          # where the three backbones go
-    parts: tuple[str, ...] = ("qwen2", "codec", "whisper")   # which to train; hearing: measure Whisper again
+    parts: tuple[str, ...] = ("qwen2", "codec", "whisper", "people")   # which to make; hearing: Whisper again
     qwen2_dialogues: int = 100000  # how many dialogues Qwen2 reads
     qwen2_steps: int = 4000        # steps of 64 dialogues
     codec_sentences: int = 5000    # how many different sentences the codec hears, in the assistant's voice
@@ -69,6 +77,7 @@ class BackbonesConfig:
     whisper_steps: int = 3000      # steps of 64 clips
     whisper_people: float = 0.6    # share of the voices made from recordings of people; 0 needs none of them
     people: tuple[str, ...] = ("flite/awb",)   # other voices that Whisper is measured on, see tiny/voices.py
+    people_clips: int = 1500       # how many clips of people's voices to ship
     figures: int = 400             # held-out items that each figure of merit is measured on
     seed: int = 1337               # of the sentences, the voices and the initial weights
 
@@ -476,6 +485,29 @@ def measure_whisper(cfg, model, tokenizer):
         log(cfg, f"whisper: WER on {name}: {100 * word_error_rate([text for text, _ in jobs], texts):.1f} %")
 
 
+# --------------------------------------------------------------------------------------------------- people
+
+def make_people(cfg, rng):
+    """The first questions of the corpus, each in one of people's voices -> people.parquet. Opus at some
+    11 kbit/s, so that they are small; a corpus puts them into rooms and noise like all others."""
+    texts = set()
+    for d in dialogues(cfg.seed, {"train": cfg.people_clips}, people=False):
+        texts |= {text for text, voice in zip(d["users"], d["voices"]) if voice == d["voice"]}
+        if len(texts) >= cfg.people_clips:
+            break
+    jobs = [(text, voices.draw_voice(rng, "train")) for text in sorted(texts)]
+    clips = []
+    for wav in voices.speak_all(jobs):
+        file = io.BytesIO()
+        soundfile.write(file, wav, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=0.98)
+        clips.append(file.getvalue())
+    columns = {"text": [text for text, _ in jobs], "voice": [voice for _, voice in jobs], "speech": clips}
+    file = f"{cfg.out_dir}/people.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), f"{file}.tmp")
+    os.replace(f"{file}.tmp", file)
+    log(cfg, f"people: {len(clips)} clips, {os.path.getsize(file) / 1e6:.1f} MB")
+
+
 # ---------------------------------------------------------------------------------------------------- qwen2
 
 CHAT = ("{% for message in messages %}"
@@ -547,10 +579,10 @@ def train_qwen2(cfg, rng):
     """A language model that has read only this world's sentences, words side by side, is lost where words
     come with gaps between them, as from the adapter of stage 1; a large one has read so much that it is not.
     So two dialogues in three are `heard`, through noise of up to the embeddings' own strength."""
-    dialogues = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
-    tokenizer = make_tokenizer([turn[who] for d in dialogues for turn in d for who in ("user", "assistant")])
+    drawn = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
+    tokenizer = make_tokenizer([turn[who] for d in drawn for turn in d for who in ("user", "assistant")])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    data = [labelled_dialogue(rng, tokenizer, d, rng.random() < 0.67) for d in dialogues]
+    data = [labelled_dialogue(rng, tokenizer, d, rng.random() < 0.67) for d in drawn]
     torch.manual_seed(cfg.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
@@ -617,11 +649,13 @@ def main():
         measure_whisper(cfg, model, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
         return
     lines = voices.missing(voices.VOICES["train"])
-    new = "whisper" in cfg.parts and not os.path.exists(f"{cfg.out_dir}/whisper.pt")
-    if lines and new and cfg.whisper_people:          # better now than after an hour
-        fail(f"Whisper is to hear synthesizers that are not installed ({'; '.join(lines)}); install them, or "
-             "give --whisper_people 0 for a Whisper that understands only espeak-ng")
-    for part, file in (("qwen2", "qwen2"), ("codec", "codec.pt"), ("whisper", "whisper.pt")):
+    files = {"qwen2": "qwen2", "codec": "codec.pt", "whisper": "whisper.pt", "people": "people.parquet"}
+    new = {part for part in cfg.parts if not os.path.exists(f"{cfg.out_dir}/{files[part]}")}
+    if lines and ("people" in new or "whisper" in new and cfg.whisper_people):    # better now than later
+        fail(f"synthesizers that Whisper is to hear are not installed ({'; '.join(lines)}); install them, or "
+             "give --parts qwen2,codec,whisper --whisper_people 0 for a Whisper that understands only "
+             "espeak-ng")
+    for part, file in files.items():
         if part not in cfg.parts:
             continue
         if os.path.exists(f"{cfg.out_dir}/{file}"):
@@ -632,6 +666,8 @@ def main():
             train_qwen2(cfg, rng)
         elif part == "codec":
             train_codec(cfg, rng)
+        elif part == "people":
+            make_people(cfg, rng)
         else:
             train_whisper(cfg, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
         log(cfg, f"{part}: {time.time() - start:.0f} s")

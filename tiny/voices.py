@@ -7,7 +7,9 @@ from a few.
 
 How: `draw_voice` draws a voice of a split, `speak_all` says sentences, `missing` lists what is not installed.
 `python -m tiny.voices` prints that list. `say_all` speaks in any voice of the embedded world, espeak-ng's
-included. A voice is "engine/name:rate:pitch:tract", such as "flite/slt:1.10:0.95:1.05". The three factors are
+included. tiny/people.parquet holds clips of the voices of train, which tiny/backbones.py made, so that a
+corpus can hear them where no synthesizer is installed: columns text, voice, speech (an Opus file).
+A voice is "engine/name:rate:pitch:tract", such as "flite/slt:1.10:0.95:1.05". The three factors are
 relative to how the synthesizer speaks by itself:
     rate   1.10: 10 % more words per minute
     pitch  0.95: the melody is 5 % lower
@@ -33,6 +35,7 @@ training hears four people, and the names kal and slt occur in no other split.
 import ctypes
 import functools
 import importlib.util
+import io
 import os
 import random
 import re
@@ -42,6 +45,7 @@ import tempfile
 
 import librosa
 import numpy as np
+import pyarrow.parquet
 import soundfile
 
 from omni.audio import SAMPLE_RATE
@@ -55,6 +59,7 @@ VOICES = {
     "validation": ("flite/awb",),
     "test": ("flite/rms", "festival/ked"),
 }
+CLIPS = f"{os.path.dirname(__file__)}/people.parquet"
 NAMES = [name for names in VOICES.values() for name in names]
 RATES, PITCHES = (0.80, 1.25), (0.80, 1.25)           # of the people in train
 LOW_TRACTS, HIGH_TRACTS = (0.85, 1.08), (0.92, 1.18)  # of voices below and above 140 Hz: what people have,
@@ -300,19 +305,31 @@ def speak_all(jobs):
     return wavs
 
 
+@functools.cache
+def shipped_clips():
+    """{(text, voice): the bytes of an Opus file}, the clips of tiny/people.parquet; {} if it is not there."""
+    if not os.path.exists(CLIPS):
+        return {}
+    table = pyarrow.parquet.read_table(CLIPS).to_pydict()
+    return {(text, voice): speech for text, voice, speech in zip(*table.values())}
+
+
 def say_all(jobs):
     """Say [(text, voice)] in any voices of the embedded world -> [float32 (samples,) at 16 kHz].
 
     Only espeak-ng follows the marks of omni/espeak.py; the others say what is between them.
     voice    one of this file, one of omni/espeak.py, or "sound/kind:seconds:seed" of tiny/sounds.py
-    Raises   ValueError for a voice that does not exist or is not installed, or a text that makes no sound
+    Raises   ValueError for a voice that does not exist or is not installed, or a text that makes no sound.
+             A clip that is shipped needs no synthesizer.
     """
+    clips = shipped_clips()
     people = [(plain(text), voice) for text, voice in jobs if voice.split("/")[0] in ENGINES]
-    spoken = iter(speak_all(people))                  # all at once, as festival wants it
+    spoken = iter(speak_all([job for job in people if job not in clips]))     # at once, as festival wants it
     wavs = []
     for text, voice in jobs:
         if voice.split("/")[0] in ENGINES:
-            wavs.append(next(spoken))
+            clip = clips.get((plain(text), voice))
+            wavs.append(soundfile.read(io.BytesIO(clip), dtype="float32")[0] if clip else next(spoken))
         elif voice.startswith("sound/"):
             kind, seconds, seed = voice.removeprefix("sound/").split(":")
             wavs.append(sound(kind, random.Random(seed), float(seconds)))

@@ -21,6 +21,7 @@ import numpy as np
 
 from omni.espeak import draw_voice, plain
 from tiny.unclear import draw_unclear, voice_of
+from tiny.voices import shipped_clips
 
 # -------------------------------------------------------------------------------------------------- knowledge
 
@@ -379,17 +380,23 @@ def dialogue(rng, split):
     return turns
 
 
-def dialogues(seed, counts, voices=()):
+def dialogues(seed, counts, voices=(), people=True):
     """Yield the dialogues of a corpus, in the form that omni/corpus.py makes rows of.
 
     counts   {split: number of dialogues}
     voices   whose voice asks; none: one of the split, see `draw_voice`
+    people   let the shipped clips of people's voices (tiny/voices.py) ask four in five of the training
+             questions of which there are some
 
     No split holds a question of another. Dialogues of a split differ, except that the shortest run out of
     texts: one repetition in ten is let through, and another voice says it.
     """
+    clips = {}                                        # text -> the voices of its clips
+    if people and not voices:
+        for text, voice in shipped_clips():
+            clips.setdefault(text, []).append(voice)
     for split, count in counts.items():
-        rng = random.Random(f"{seed} {split}")
+        rng, other_rng = random.Random(f"{seed} {split}"), random.Random(f"{seed} {split} people")
         seen = set()
         n = 0
         while n < count:
@@ -401,11 +408,16 @@ def dialogues(seed, counts, voices=()):
             voice = draw_voice(rng, split)
             if voices:
                 voice = rng.choice(voices)
+            asking = [voice_of(rng, turn["user"], split) or voice for turn in turns]
+            if split == "train":
+                for i, turn in enumerate(turns):
+                    if turn["user"] in clips and other_rng.random() < 0.8:
+                        asking[i] = other_rng.choice(clips[turn["user"]])
             yield {
                 "id": f"{split}-{n:06d}",
                 "split": split,
                 "voice": voice,
-                "voices": [voice_of(rng, turn["user"], split) or voice for turn in turns],
+                "voices": asking,
                 "topics": [turn["topic"] for turn in turns],
                 "users": [turn["user"] for turn in turns],
                 "replies": [turn["assistant"] for turn in turns],
