@@ -39,6 +39,7 @@ from data import Dialogues, collate, deal, positions_of
 from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder, expand_speech, read_write
 from omni import checkpoint
 from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, speech_positions, wav_bytes
+from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
@@ -244,7 +245,9 @@ def bench_reply(size, units, repeats):
         theirs.append(slow)
         engine.cached[0].clear()                      # or the clip would not be heard again
     bursts = [i for i, (kind, _) in enumerate(said) if kind == "units"]
-    per_unit = [statistics.median(times[i] - times[i - 1] for times in ours) / omni.W for i in bursts]
+    per_unit = []
+    for i in bursts:
+        per_unit.append(statistics.median(times[i] - times[i - 1] for times in ours) / len(said[i][1]))
     late = statistics.median(per_unit[-6:-1])
     weights = matrix_weights(omni.speech_generator.model.model.layers) + engine.head.numel()
     floor = weights * omni.lm_head.weight.element_size() / read_bandwidth(device)
@@ -254,7 +257,7 @@ def bench_reply(size, units, repeats):
               "first_text_ms": 1000 * statistics.median(times[0] for times in ours),
               "official_first_text_ms": 1000 * statistics.median(times[0] for times in theirs),
               "first_burst_ms": 1000 * statistics.median(times[first] for times in ours),
-              "unit_ms_early": 1000 * statistics.median(per_unit[1:6]), "unit_ms_late": 1000 * late,
+              "unit_ms_early": 1000 * statistics.median(per_unit[2:7]), "unit_ms_late": 1000 * late,
               "floor_ms": 1000 * floor, "share_of_floor": floor / late}
     result["ratio"] = result["official_s"] / result["ours_s"]
     result["first_text_ratio"] = result["official_first_text_ms"] / result["first_text_ms"]
@@ -280,6 +283,37 @@ def bench_turns(size, turns=5, repeats=5):
     return [1000 * statistics.median(row[t] for row in times) for t in range(turns)]
 
 
+def bench_voice(W, repeats=20):
+    """A tiny reply of 3 s to a question of 2.5 s, with the nano codec, reading 3 and writing W, as a client
+    hears it: (first text, first audio, start-up buffer) in milliseconds, each (median, 95th percentile), and
+    the real-time factor. The buffer is how much later than the first piece playback has to begin so that it
+    never waits for a piece."""
+    omni, codec = talker("tiny"), load_codec("tiny/codec.pt")
+    omni.W = W
+    engine = Engine(omni, max_tokens=12, max_units=75, eos=-1)
+    ids, clips = question(omni, 2.5)
+    rows = []
+    for i in range(repeats + 3):                      # three to warm up
+        engine.cached[0].clear()
+        clock, first, heard, buffer = time.perf_counter(), None, 0.0, 0.0
+        text = []
+
+        def bursts():
+            for kind, x in engine.generate(ids, clips, temperature=0.3, seed=i):
+                if kind == "units":
+                    yield x
+                elif kind == "text":
+                    text.append(time.perf_counter() - clock)
+        for piece in codec.stream(bursts()):
+            now = time.perf_counter() - clock
+            first = first or now
+            buffer = max(buffer, now - first - heard)
+            heard += len(piece) / codec.sample_rate
+        rows.append([1000 * text[0], 1000 * first, 1000 * buffer, now / heard])
+    *times, factor = np.array(rows[3:]).T
+    return [np.quantile(x, [0.5, 0.95]).round(1).tolist() for x in times], float(np.median(factor))
+
+
 def bench_batch(size, units, sizes):
     """Units per second of several replies at once."""
     omni, result = talker(size), {}
@@ -298,7 +332,12 @@ def bench_batch(size, units, sizes):
 def bench_latency(cfg):
     """See the docstring of this file. Random weights, so nobody listens; times do not depend on them."""
     result = {}
-    for size in sizes_here(cfg) if cfg.sizes or torch.cuda.is_available() else ("tiny", "mid"):
+    sizes = sizes_here(cfg) if cfg.sizes or torch.cuda.is_available() else ("tiny", "mid")
+    for W in (5, 10, 15) if "tiny" in sizes else ():
+        times, factor = result[f"tiny, W = {W}"] = alone(bench_voice, W)
+        print(f"latency: tiny, R = 3, W = {W}, median and 95 %: first text, first audio, buffer that "
+              f"playback needs, ms: {times}; real-time factor {factor:.2f}")
+    for size in sizes:
         figures = alone(bench_reply, size, 800, 5)
         batch = figures["units_per_s"] = alone(bench_batch, size, 200, (1, 8, 16))
         turns = figures["first_burst_by_turn_ms"] = alone(bench_turns, size)
@@ -331,18 +370,22 @@ def bench_stream(cfg, chunks=50, repeats=5):
     first = cfg.chunk + LOOKAHEAD                     # units that the first chunk needs
     bursts = [units[:first]] + [units[i:i + cfg.chunk] for i in range(first, len(units), cfg.chunk)]
     times = []
+    whole = []
     for _ in range(repeats):
-        pieces, row = codec.stream(iter(bursts)), []
-        for _ in range(chunks):
+        state, row = {}, []
+        for burst in bursts:
             clock = time.perf_counter()
-            next(pieces).cpu()
+            codec.next_piece(state, burst, final=False).cpu()
             row.append(time.perf_counter() - clock)
         times.append(row)
+        whole.append(timed((None, piece.cpu()) for piece in codec.stream(iter(bursts)))[1][-1])
     median = [1000 * statistics.median(row[i] for row in times) for i in range(chunks)]
     result = {"chunk_2_ms": statistics.median(median[1:4]), "chunk_50_ms": statistics.median(median[-3:])}
     result["ratio"] = result["chunk_50_ms"] / result["chunk_2_ms"]
+    result["growing"] = sum(median) / (1000 * statistics.median(whole))
     print(f"stream: {cfg.codec}, {cfg.chunk} units a chunk: chunk 2 {result['chunk_2_ms']:.1f} ms, "
-          f"chunk 50 {result['chunk_50_ms']:.1f} ms, ratio {result['ratio']:.2f}")
+          f"chunk 50 {result['chunk_50_ms']:.1f} ms, ratio {result['ratio']:.2f}; in pieces that grow the "
+          f"reply takes 1 / {result['growing']:.1f} of the time")
     return result
 
 

@@ -584,6 +584,8 @@ def main():
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     omni.eval().to(device)
+    if device.type == "cuda":
+        omni.to(torch.bfloat16)                       # as the official code; 7B in fp32 is 35 GB
 
     turns, gate = answer_all(omni, tokenizer, codec, rows, cfg)
     typed = exact_typed(text_model, text_tokenizer, rows) if llm else None

@@ -11,6 +11,8 @@ A codec is an nn.Module, moved to a device with `.to`, with
     decode(units, final=True)   units (U,) or (B, U) -> wav (samples,) or (B, samples). With final=False the
                                 units are the beginning of a longer reply, and only the samples that no later
                                 unit can change are returned
+    next_piece(state, units, final)   the next units (a list) of a reply -> the samples (m,) that are now
+                                certain; state is a dict, first empty, that holds what the next piece needs
     stream(bursts)              an iterable of lists of units, as the speech LM writes them -> yields pieces
                                 of waveform (samples,), each as early as possible; together they are the reply
 

@@ -18,6 +18,7 @@ None for a reply that is rendered whole.
 """
 import math
 import os
+import time
 from functools import lru_cache
 
 import numpy
@@ -29,6 +30,7 @@ import whisper
 from omni.audio import MEL_RATE, SAMPLE_RATE, UNIT_RATE, read_audio
 from omni.files import read_tensors
 
+LARGEST = 50                  # units that `stream` collects at most
 LOOKAHEAD = 3                 # units that the decoder must see beyond the one that it renders
 MEL_RATIO = 50 // UNIT_RATE   # mel frames per unit: 50 Hz / 25 Hz
 EULER_STEPS = 10              # of the flow, on a cosine schedule
@@ -733,13 +735,28 @@ class CosyVoice2(nn.Module):
 
     def stream(self, bursts):
         """Iterable of lists of units, as they are written -> yields pieces of waveform. Together they are
-        `decode` of all the units, except for the fades. The first comes after chunk + 3 units, and each later
-        one costs the same."""
-        state = {}
+        `decode` of all the units, except for the fades.
+
+        The first piece comes after chunk + 3 units. Each later one renders `reach` frames again, so larger
+        ones cost less: while there is more sound to play than the next burst and two such renderings take,
+        units are collected, up to LARGEST.
+        """
+        state, waiting = {}, []
+        plays_until, rendering, asked = -math.inf, 0.0, time.monotonic()
         for burst in bursts:
-            wav = self.next_piece(state, burst, final=False)
+            waiting += burst
+            now = time.monotonic()
+            patience = now - asked + 2 * rendering        # the next burst may take as long as this one did
+            asked = now
+            if plays_until - now > patience and len(waiting) < LARGEST:
+                continue
+            wav = self.next_piece(state, waiting, final=False)
+            waiting = []
             if len(wav):
+                rendering = time.monotonic() - now
+                plays_until = max(plays_until, time.monotonic()) + len(wav) / self.sample_rate
                 yield wav
-        wav = self.next_piece(state, [], final=True)
+            asked = time.monotonic()
+        wav = self.next_piece(state, waiting, final=True)
         if len(wav):
             yield wav

@@ -6,7 +6,8 @@ order of `read_write` in model.py, so the speech LM is fed row for row what it w
 (tests/test_layout.py). A decoder's time goes into reading its weights, once per step, so several replies cost
 hardly more than one: each has a row of the caches, joins when a row is free and leaves when it is done.
 
-How: a round gives every reply R tokens of text (fewer at its end), then a burst of W units.
+How: a round gives every reply R tokens of text (fewer at its end), then a burst of W units; the first burst
+comes in two pieces.
 
     engine = Engine(omni, rows=8)
     for ids, clips in questions:
@@ -17,6 +18,9 @@ How: a round gives every reply R tokens of text (fewer at its end), then a burst
 What is shared is only time: each reply's choices are drawn with its own random numbers.
 """
 import os
+import statistics
+import time
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from model import SPEECH, expand_speech
 from omni.audio import DOWNSAMPLE, speech_positions
 from omni.packing import round_up
+
+FIRST = 5                             # units of a reply's first piece, so that a codec can begin early
 
 
 class Decoder:
@@ -68,27 +74,60 @@ class Decoder:
         if n > 1 or min(starts) < max(starts):
             mask = torch.arange(T, device=device) <= at[..., None]                               # (B, n, T)
         mine = torch.tensor(rows, device=device)
-        new = mine[:, None], slice(None), at          # where keys and values go, (B, n, K, d)
         if rows == list(range(rows[0], rows[0] + B)):
             mine = slice(rows[0], rows[0] + B)        # a view; otherwise the rows are copied together
         cos, sin = self.cos[at][:, :, None], self.sin[at][:, :, None]         # (B, n, 1, d)
+        even = isinstance(mine, slice) and min(starts) == max(starts)         # a rectangle of the caches
 
         def rotate(q):
             first, second = q.chunk(2, -1)
             return q * cos + torch.cat([-second, first], -1) * sin
 
+        def put(cache, x):
+            """Append x (B, n, K, d) to the rows of a layer's cache."""
+            if even:
+                cache[mine, :, starts[0]:starts[0] + n] = x.transpose(1, 2)
+            else:
+                cache[torch.tensor(rows, device=device)[:, None], :, at] = x
+
         for layer, keys, values in zip(self.network.layers, self.keys, self.values):
             attn, norm = layer.self_attn, layer.input_layernorm
             y = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-            q = rotate(attn.q_proj(y).view(B, n, -1, d))                      # (B, n, H, d)
-            keys[new] = rotate(attn.k_proj(y).view(B, n, -1, d))
-            values[new] = attn.v_proj(y).view(B, n, -1, d)
+            q, k = attn.q_proj(y), attn.k_proj(y)
+            both = rotate(torch.cat([q, k], -1).view(B, n, -1, d))            # (B, n, H + K, d)
+            q, k = both.split([q.shape[-1] // d, k.shape[-1] // d], 2)
+            put(keys, k)
+            put(values, attn.v_proj(y).view(B, n, -1, d))
             y = attend(q, keys[mine, :, :T], values[mine, :, :T], mask)
             x = x + attn.o_proj(y)
             norm = layer.post_attention_layernorm
             x = x + layer.mlp(F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon))
         norm = self.network.norm
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+@torch.no_grad()
+def quicken(omni):
+    """Put a model into the precision that decodes faster on its device, and print which that is.
+
+    A decoder reads all its weights for every unit, and bf16 is half the bytes: on a GPU it wins. On a CPU it
+    depends on its instructions and on the size, so an MLP of the speech LM is timed in both.
+    """
+    device, times = omni.lm_head.weight.device, {}
+    mlp = omni.speech_generator.model.model.layers[0].mlp
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else ():
+        copy = deepcopy(mlp).to(dtype)
+        x, runs = torch.ones(1, 1, copy.gate_proj.in_features, dtype=dtype), []
+        for _ in range(30):
+            start = time.perf_counter()
+            copy(x)
+            runs.append(time.perf_counter() - start)
+        times[dtype] = statistics.median(runs)
+    if times and times[torch.bfloat16] > 0.9 * times[torch.float32]:      # not worth the rounding
+        print("precision: fp32")
+        return omni
+    print("precision: bf16")
+    return omni.to(torch.bfloat16)
 
 
 def attend(q, k, v, mask):
@@ -360,8 +399,10 @@ class Engine:
         if self.limit:
             units = [([-1] * self.window + reply.units)[-self.window:] for reply in talking]
             recent = torch.tensor(units, device=device)
-        burst, ended = [], torch.zeros_like(may_end)
-        for i in range(W):
+        room = min(W, max(self.max_units - len(reply.units) for reply in talking))
+        first = min(FIRST, room) if any(not reply.units for reply in talking) else room
+        burst, said, ended = [], 0, torch.zeros_like(may_end)
+        for i in range(room):
             states = self.speech_lm.step(x, rows, counts)
             logits = F.linear(states[torch.arange(len(rows), device=device), last], self.head).float()
             if self.trace is not None:
@@ -375,17 +416,26 @@ class Engine:
                 recent = torch.cat([recent[:, 1:], ids[:, None] - generator.unit_offset], 1)
             x, counts, last = generator.embed(ids)[:, None], [1] * len(rows), torch.zeros_like(last)
             ended |= ids == generator.eos
-            room = max(self.max_units - len(reply.units) for reply in talking)
-            if i + 1 == room or device.type == "cpu" and ended.all():         # a GPU would have to wait
+            over = i + 1 == room or device.type == "cpu" and ended.all()      # a GPU would have to wait
+            if over or i + 1 == first:
+                for reply, ids in zip(talking, torch.stack(burst, 1).tolist()):
+                    yield from self.say(reply, ids, said)
+                said = i + 1
+            if over:
                 break
-        for reply, ids, row in zip(talking, torch.stack(burst, 1).tolist(), x):
+        for reply, row in zip(talking, x):
             reply.unread = [row[0]]
-            if generator.eos in ids:
-                ids, reply.ended = ids[:ids.index(generator.eos)], reply.text_done
-            units = [id - generator.unit_offset for id in ids[:self.max_units - len(reply.units)]]
+
+    def say(self, reply, ids, said):
+        """Units from number `said` of a burst on. ids: the burst so far; EOS ends it."""
+        generator = self.omni.speech_generator
+        if generator.eos in ids:
+            ids, reply.ended = ids[:ids.index(generator.eos)], reply.text_done
+        ids = ids[said:][:self.max_units - len(reply.units)]
+        units = [id - generator.unit_offset for id in ids]
+        if units and not reply.done:
             reply.units += units
-            if units and not reply.done:
-                yield reply, "units", units
+            yield reply, "units", units
 
     def draw(self, replies):
         """Two random numbers below 1 for each reply, of its own generator (B, 2)."""

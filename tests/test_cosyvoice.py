@@ -17,7 +17,7 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from omni import checkpoint
+from omni import checkpoint, cosyvoice
 from omni.codec import load_codec, load_encoder
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2, HiFT, fbank, onnx_session
@@ -168,7 +168,7 @@ def test_a_short_past_streams_too(codec):
 
 
 @pytest.mark.parametrize("chunk, seed", [(1, None), (7, None), (10, None), (7, 1), (7, 2), (7, 3)])
-def test_no_click_where_pieces_join(codec, chunk, seed):
+def test_no_click_where_pieces_join(codec, monkeypatch, chunk, seed):
     """The streamed sound is the unbroken one, and steps at no join, with the golden weights and with others.
 
     The error of pieces that are rendered alone, without what is kept from piece to piece, depends on the
@@ -178,6 +178,7 @@ def test_no_click_where_pieces_join(codec, chunk, seed):
     if seed is not None:
         change_weights(codec, seed)
     codec.flow.chunk = chunk
+    monkeypatch.setattr(cosyvoice, "LARGEST", 0)      # as many pieces as there can be
     vary_pitch(codec)
     whole = codec.decode(UNITS[0])
     mel = codec.flow(UNITS, codec.voice)
@@ -232,6 +233,42 @@ def test_bursts_do_not_matter(codec, name, first):
     wav = torch.cat([*pieces, *stream])
     whole = codec.decode(UNITS[0])
     assert len(wav) == len(whole) and (wav - whole).abs().max() < 0.01 * whole.abs().max()
+
+
+@pytest.mark.parametrize("gap, rendering, sizes", [
+    (0.05, 0.02, [1, 4, 5, 5]), (0.1, 0.05, [1, 1, 3, 5]), (0.35, 0.04, [1, 1, 1, 1]),
+    (1.0, 0.1, [1, 1, 1, 1])])
+def test_pieces_grow_while_sound_waits_to_be_played(codec, monkeypatch, gap, rendering, sizes):
+    """By a clock that stands still except while a burst of 10 units is written (gap, in seconds) and a piece
+    rendered: the first piece is one chunk, later ones as many as fit into what is still to be played, up to
+    50 units. Playback stalls no more often than if each chunk were rendered at once."""
+    codec.flow.chunk, now, render = 10, [0.0], codec.next_piece
+    monkeypatch.setattr(cosyvoice.time, "monotonic", lambda: now[0])
+
+    def next_piece(*args, **more):
+        now[0] += rendering
+        return render(*args, **more)
+    monkeypatch.setattr(codec, "next_piece", next_piece)
+
+    def take():
+        for n in range(30):
+            now[0] += gap
+            yield list(range(10 * n, 10 * n + 10))
+
+    def play():
+        """Chunks in each piece, and how often the next one came too late."""
+        pieces, plays_until, stalls = [], math.inf, 0
+        for piece in codec.stream(take()):
+            stalls += now[0] > plays_until
+            plays_until = now[0] if math.isinf(plays_until) else max(plays_until, now[0])
+            plays_until += len(piece) / codec.sample_rate
+            pieces.append(round(len(piece) / FRAME / RATIO / 10))
+        return pieces, stalls
+    pieces, stalls = play()
+    assert pieces[:4] == sizes and max(pieces) <= 5 and sum(pieces) == 30
+    monkeypatch.setattr(cosyvoice, "LARGEST", 0)
+    at_once, unavoidable = play()
+    assert len(at_once) >= 29 and stalls <= unavoidable
 
 
 def numbers_in(x):

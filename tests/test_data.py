@@ -17,7 +17,7 @@ from model import expand_speech
 from omni.audio import log_mel, read_audio, read_wav, speech_positions, wav_bytes
 from omni.espeak import VARIANTS, draw_voice, plain
 from tiny import unclear, world
-from tiny.codec import FSQ, NanoCodec
+from tiny.codec import CONTEXT, FSQ, NanoCodec
 from tiny.voices import shipped_clips
 
 JFK = Path(__file__).parent / "data" / "jfk.flac"    # 11 s of 1961, public domain; openai-whisper's test clip
@@ -356,6 +356,15 @@ def test_streamed_sound_equals_decoded_sound(bursts):
     # a rounding error in the pitch moves every later pulse a little: we have seen 4e-5 of the peak
     torch.testing.assert_close(torch.cat(pieces), whole, atol=2e-4 * whole.abs().max().item(), rtol=0)
     assert len(bursts) < 5 or len(pieces) > 2          # sound came before the last burst
+
+
+def test_a_piece_of_a_long_reply_costs_what_an_early_one_does():
+    """What a stream remembers, and so what it renders again, stops growing."""
+    codec, state, held = NanoCodec(dim=32, phonemes="a").eval(), {}, []
+    for burst in torch.randint(6561, (300,)).split(10):
+        codec.next_piece(state, burst.tolist(), final=False)
+        held.append((len(state["units"]), state["f0"].shape[1], state["start"] > 0))
+    assert held[5:] == held[4:-1] and held[-1][2] and held[-1][0] < CONTEXT + 10
 
 
 def test_encode_counts_units():

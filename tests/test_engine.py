@@ -6,7 +6,7 @@ from conftest import ROWS, generate, load
 from data import Dialogues
 from model import SPEECH, expand_speech
 from omni import engine
-from omni.engine import Engine
+from omni.engine import FIRST, Engine
 
 LIMITS = {"max_tokens": 9, "max_units": 77, "eos": -1}
 
@@ -53,28 +53,29 @@ def test_company_changes_no_token(tiny, prompts, rows, temperature):
         assert reply.done and len(reply.units) == (77 if options["speak"] else 0)
 
 
-def test_joining_and_cancelling_in_the_middle(tiny, prompts):
-    """A reply joins when another has begun, one is cancelled in its third burst: the others go on, nothing
-    more comes of it, and its row serves the next."""
+@pytest.mark.parametrize("pieces, units", [(1, FIRST), (4, 30)])
+def test_joining_and_cancelling_in_the_middle(tiny, prompts, pieces, units):
+    """A reply joins when another has begun, one is cancelled in the middle of its first burst or after its
+    third: the others go on, nothing more comes of it, and its row serves the next."""
     maker = Engine(tiny[0], 2, **LIMITS)
     first = maker.submit(*prompts[0], temperature=0.0)
     second = maker.submit(*prompts[1], temperature=0.0)
-    third, events, bursts = None, {}, 0
+    third, events, heard = None, {}, 0
     for reply, kind, x in maker.stream():
         assert not (reply is second and second.done and kind != "done")
         events.setdefault(reply, []).append((kind, x))
         if reply is first and third is None:
             third = maker.submit(*prompts[2], temperature=0.0)
         if reply is second and kind == "units":
-            bursts += 1
-            if bursts == 3:
+            heard += 1
+            if heard == pieces:
                 maker.cancel(second)
                 assert second.row in maker.free
     for reply, prompt in ((first, prompts[0]), (third, prompts[2])):
         merged = collect((reply, *event) for event in events[reply])
         assert merged[reply] == alone(tiny[0], prompt, temperature=0.0)
     whole = alone(tiny[0], prompts[1], temperature=0.0)
-    assert second.units == [unit for kind, x in whole if kind == "units" for unit in x][:30]
+    assert second.units == [unit for kind, x in whole if kind == "units" for unit in x][:units]
     assert sorted(maker.free) == [0, 1]
 
 

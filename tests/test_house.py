@@ -10,7 +10,7 @@ from conftest import ROOT
 # ---------------------------------------------------------------------------------- who imports whom
 
 GROUND = ("omni.audio", "omni.files", "omni.configure", "omni.packing")         # these import none of ours
-COMMANDS = ("train", "sample", "eval", "bench")
+COMMANDS = ("train", "sample", "eval", "bench", "serve")
 SOURCES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
            for pattern in ("*.py", "omni/*.py", "tiny/*.py") for path in ROOT.glob(pattern)}
 

@@ -9,6 +9,7 @@ from conftest import generate
 from model import IGNORE, speech_sequence
 from omni import engine
 from omni.audio import UNIT_VOCAB
+from omni.engine import FIRST
 
 SEP, UNIT_0, EOS = 900, 1000, 800                     # made-up ids: text below 800, units from 1000
 _ = IGNORE
@@ -137,4 +138,4 @@ def test_no_eos_inside_a_burst(tiny, monkeypatch):
     monkeypatch.setattr(engine, "sample", sample)
     events = list(generate(omni, tokenizer("Hello")["input_ids"]))
     assert seen == [(6561, False)] * 10 + [(6561, True)]               # 5 rows: one burst, then EOS at once
-    assert [x for kind, x in events if kind == "units"] == [[0] * 10]
+    assert [x for kind, x in events if kind == "units"] == [[0] * FIRST, [0] * (10 - FIRST)]

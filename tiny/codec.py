@@ -10,6 +10,7 @@ too: a pitch, a filter for a pulse train at that pitch, and a filter for noise. 
 
     wav 16 kHz -> log-mel 100 Hz -> 4x convolution -> FSQ -> units 25 Hz -> frames 100 Hz -> wav 16 kHz
 """
+import itertools
 import math
 import os
 
@@ -23,6 +24,7 @@ from omni.cosyvoice import LOOKAHEAD
 from omni.files import read_tensors
 
 FSQ_DIMS, FSQ_LEVELS = 8, 3
+CONTEXT = 24          # units before a piece that can change it: 15 + 6 of the convolutions, 1 of the STFT
 assert FSQ_LEVELS ** FSQ_DIMS == UNIT_VOCAB
 
 
@@ -92,6 +94,7 @@ class NanoCodec(nn.Module):
     n_fft, mels = 512, 80                                 # STFT window in samples, log-mel bins
     bands = 64                                            # points of a filter curve
     f0_range = (60.0, 500.0)                              # Hz
+    unsure = LOOKAHEAD * frames * hop + n_fft             # samples that later units can change
 
     def __init__(self, dim=128, phonemes=()):
         super().__init__()
@@ -142,11 +145,12 @@ class NanoCodec(nn.Module):
         f0 = low * (high / low) ** torch.sigmoid(f0[..., 0].float())
         return f0, pulse.float() @ self.curve, noise.float() @ self.curve
 
-    def pulses(self, f0):
+    def pulses(self, f0, cycles=0.0):
         """Pitch (B, T) in Hz -> pulse train (B, 160 T): the K harmonics below 7.6 kHz, of equal strength,
-        summed in closed form: sum_k cos(k phi) = sin((K + 1/2) phi) / (2 sin(phi / 2)) - 1/2."""
+        summed in closed form: sum_k cos(k phi) = sin((K + 1/2) phi) / (2 sin(phi / 2)) - 1/2. cycles: of the
+        pitch, before the first frame."""
         f0 = f0.repeat_interleave(self.hop, dim=-1)
-        phase = torch.cumsum(f0.double() / self.sample_rate, -1).frac() * 2 * math.pi
+        phase = (cycles + torch.cumsum(f0.double() / self.sample_rate, -1)).frac() * 2 * math.pi
         count = torch.floor(7600 / f0)
         half = torch.sin(phase / 2)
         at_pulse = half.abs() < 1e-6                                  # there the quotient tends to K + 1/2
@@ -159,6 +163,18 @@ class NanoCodec(nn.Module):
         spectrum = torch.stft(wav, self.n_fft, self.hop, window=self.window, return_complex=True)
         return spectrum.transpose(1, 2)[:, :-1]
 
+    def sound(self, units, start=0, cycles=0.0, known=None):
+        """Units (B, U) -> wav (B, 640 U), pitch in Hz (B, 4 U). Of a reply in the middle: the first unit is
+        number `start`, behind so many cycles of the pitch, which is known of the first frames (B, n)."""
+        f0, pulse, noise = self.render(FSQ.to_codes(units).to(self.curve.device))
+        if known is not None:
+            f0 = torch.cat([known, f0[:, known.shape[1]:]], 1)
+        at = torch.arange(f0.shape[1] * self.hop, device=f0.device) + start * self.frames * self.hop
+        excitation = self.noise[at % len(self.noise)].expand(len(units), -1)
+        spectrum = self.stft(self.pulses(f0, cycles)) * pulse.exp() + self.stft(excitation) * noise.exp()
+        spectrum = F.pad(spectrum.transpose(1, 2), (0, 1))
+        return torch.istft(spectrum, self.n_fft, self.hop, window=self.window), f0
+
     @torch.no_grad()
     def decode(self, units, final=True):
         """units (U,) or (B, U) -> wav (640 U,) or (B, 640 U).
@@ -168,30 +184,37 @@ class NanoCodec(nn.Module):
         """
         if units.dim() == 1:
             return self.decode(units[None], final)[0]
-        f0, pulse, noise = self.render(FSQ.to_codes(units).to(self.curve.device))
-        length = f0.shape[1] * self.hop
-        excitation = self.noise.repeat(length // len(self.noise) + 1)[:length].expand(len(units), -1)
-        spectrum = self.stft(self.pulses(f0)) * pulse.exp() + self.stft(excitation) * noise.exp()
-        wav = torch.istft(F.pad(spectrum.transpose(1, 2), (0, 1)), self.n_fft, self.hop, window=self.window)
-        if final:
-            return wav
-        unsure = LOOKAHEAD * self.frames * self.hop + self.n_fft      # samples: look-ahead, STFT window
-        return wav[:, :max(0, length - unsure)]
+        wav, _ = self.sound(units)
+        return wav if final else wav[:, :max(0, wav.shape[1] - self.unsure)]
+
+    @torch.no_grad()
+    def next_piece(self, state, units, final):
+        """The next units (a list) of a reply -> the samples (m,) that are now certain. state: a dict, first
+        empty. Only the last CONTEXT units are rendered again, so a piece of a long reply costs no more."""
+        units = state.get("units", []) + list(units)      # from number `start` on
+        start, sent, cycles = state.get("start", 0), state.get("sent", 0), state.get("cycles", 0.0)
+        hop = self.frames * self.hop                      # samples in a unit
+        stop = max(sent, (start + len(units)) * hop - (0 if final else self.unsure))
+        piece = self.curve.new_zeros(0)
+        if stop > sent:
+            wav, f0 = self.sound(torch.tensor([units]), start, cycles, state.get("f0"))
+            piece = wav[0, sent - start * hop:stop - start * hop]
+            past = max(0, stop // hop - CONTEXT - start)  # units that are not needed any more
+            passed = f0[0, :past * self.frames].double().sum().item() * self.hop / self.sample_rate
+            state["f0"] = f0[:, past * self.frames:(stop - start * hop) // self.hop]
+            state["cycles"] = (cycles + passed) % 1
+            start, units = start + past, units[past:]
+        state |= {"units": units, "start": start, "sent": stop}
+        return piece
 
     def stream(self, bursts):
         """Iterable of lists of units, as they are written -> yields pieces of waveform. Together they are
-        `decode` of all the units. Each burst decodes the reply from its beginning, in a few milliseconds."""
-        units, sent = [], 0
-        for burst in bursts:
-            units += burst
-            if not units:
-                continue
-            wav = self.decode(torch.tensor(units, dtype=torch.long), final=False)
-            if len(wav) > sent:
-                yield wav[sent:]
-                sent = len(wav)
-        if units:
-            yield self.decode(torch.tensor(units, dtype=torch.long))[sent:]
+        `decode` of all the units."""
+        state = {}
+        for burst, final in itertools.chain(zip(bursts, itertools.repeat(False)), [([], True)]):
+            wav = self.next_piece(state, burst, final)
+            if len(wav):
+                yield wav
 
     def save(self, path):
         """Write the weights, as float16, and what `load` needs to know, whole or not at all."""
