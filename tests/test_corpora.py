@@ -558,7 +558,7 @@ def worlds(tmp_path_factory):
 def tiny_command(at, out_dir, *more):
     sizes = "--train", 24, "--validation", 6, "--test", 24
     words = (sys.executable, "data.py", "--out_dir", at / out_dir, "--codec", at / "codec.pt",
-             "--processes", 1, "--seed", 2, *sizes, *more)
+             "--processes", 1, "--seed", 2, "--people", False, *sizes, *more)
     return [str(word) for word in words]
 
 

@@ -476,9 +476,9 @@ def test_masked_ids_are_never_drawn():
 
 
 @pytest.mark.parametrize("max_tokens, max_units, expected", [
-    (5, 24, ["text", "text", "text", 10, "text", "text", "the text was cut at 5 tokens", 10, 4,
+    (5, 24, ["text", "text", "text", 5, 5, "text", "text", "the text was cut at 5 tokens", 10, 4,
              "the speech was cut at 24 units"]),
-    (7, 13, ["text", "text", "text", 10, "text", "text", "text", 3, "text", "the text was cut at 7 tokens",
+    (7, 13, ["text", "text", "text", 5, 5, "text", "text", "text", 3, "text", "the text was cut at 7 tokens",
              "the speech was cut at 13 units"]),
     (1, 1, ["text", "the text was cut at 1 tokens", 1, "the speech was cut at 1 units"])])
 def test_generate_ends_and_says_why(tiny, monkeypatch, max_tokens, max_units, expected):
