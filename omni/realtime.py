@@ -31,6 +31,9 @@ from omni.audio import MIN_SECONDS, SAMPLE_RATE
 
 RATE = 24000                           # Hz, of all sound in events
 PCM = {"type": "audio/pcm", "rate": RATE}
+LETTERS = 16                           # of a text in a second of speech, mean of the embedded corpus
+LONGEST_TEXT = 1000                    # letters that a client may type: a minute of speech
+KEPT = 256                             # items that a conversation remembers; then the older half is forgotten
 FRAME = 512                            # samples at 16 kHz that silero-vad looks at at once
 VAD = {"type": "server_vad", "threshold": 0.5, "prefix_padding_ms": 300, "silence_duration_ms": 500,
        "create_response": True, "interrupt_response": True}
@@ -64,6 +67,14 @@ def pcm_of(text, limit):
 def base64_of(wav):
     """float32 (n,) -> base64 of PCM16."""
     return base64.b64encode((np.clip(wav, -1, 1) * 32767).astype("<i2").tobytes()).decode()
+
+
+def clean(text):
+    """A text of a client, without halves of letters: JSON allows those, a tokenizer stops at them. Raises
+    Refused."""
+    if len(text) > LONGEST_TEXT:
+        raise Refused("text_too_long", f"a text has at most {LONGEST_TEXT} letters")
+    return text.encode("utf-8", "replace").decode()
 
 
 def merge(turns):
@@ -200,7 +211,8 @@ class Session:
 
     @staticmethod
     def temperature(settings, default):
-        value = settings.get("temperature", default)
+        value = settings.get("temperature")
+        value = default if value is None else value   # clients write null for what they leave open
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 2:
             raise Refused("invalid_temperature", "temperature is a number from 0 to 2")
         return value
@@ -313,6 +325,12 @@ class Session:
         self.items.insert(at, (item, said))
         for kind in ("added", "done"):
             self.send(f"conversation.item.{kind}", item=item, previous_item_id=before)
+        if len(self.items) > KEPT:                    # clips are large, and a session may be long
+            active = self.response and self.response["item"]["id"]
+            old = [entry for entry in self.items[:KEPT // 2] if entry[0]["id"] == active]
+            self.items = old + self.items[KEPT // 2:]
+            kept = {item["id"] for item, _ in self.items}
+            self.milliseconds = {id: ms for id, ms in self.milliseconds.items() if id in kept}
 
     def create_item(self, event):
         item = event.get("item")
@@ -332,7 +350,7 @@ class Session:
                 text = part.get("text") or part.get("transcript")
                 if not isinstance(text, str) or not text.strip():
                     raise Refused("invalid_item", f"a part of the type {part['type']} has no text")
-                texts.append(text)
+                texts.append(clean(text))
         said = " ".join(texts)
         if role == "user":
             if texts:
@@ -498,7 +516,10 @@ class Session:
         self.send("response.output_item.done", response_id=response["id"], output_index=0, item=item)
         self.send("conversation.item.done", item=item, previous_item_id=before)
         self.send("response.done", response=self.summary(status, reason, message))
-        self.milliseconds[item["id"]] = 1000 * response["samples"] // RATE
+        spoken = 1000 * response["samples"] // RATE
+        if status != "completed":                     # the text was ahead of the sound
+            spoken = max(spoken, 1000 * len(text) // LETTERS)
+        self.milliseconds[item["id"]] = spoken
         self.response = None
 
     def cancel_response(self, event):

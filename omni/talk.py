@@ -28,6 +28,8 @@ import torch
 from omni.audio import log_mel
 from omni.engine import Engine
 
+FORGOTTEN = 4                         # turns that a conversation which is too long forgets at once
+
 
 class Question:
     """A reply that was asked for, and what the talker knows of it."""
@@ -97,6 +99,7 @@ class Talker(threading.Thread):
                     self.engine.cancel(question.reply)
                     question.listen("failed", f"{type(e).__name__}: {e}")
                 self.questions.clear()
+                self.engine.cached = [[] for _ in self.engine.cached]         # half of it may not be there
 
     def obey(self, question):
         if question.cancelled:
@@ -104,12 +107,21 @@ class Talker(threading.Thread):
                 del self.questions[question.reply]
                 self.engine.cancel(question.reply)
             return
-        try:
-            question.reply = self.engine.submit(self.prompt(question.replies), question.clips,
-                                                speak=question.speak, temperature=question.temperature)
-        except ValueError as e:                       # a conversation longer than the model's room
-            question.listen("failed", str(e))
-            return
+        start, last = 0, len(question.clips) - 1
+        while question.reply is None:
+            try:
+                question.reply = self.engine.submit(
+                    self.prompt(question.replies[start:]), question.clips[start:], speak=question.speak,
+                    temperature=question.temperature)
+            except ValueError as e:                   # longer than the model's room: forget the oldest turns,
+                if start == last:                     # several, so that the cache serves the next few
+                    question.listen("failed", str(e))
+                    return
+                start = min(start + FORGOTTEN, last)
+            except Exception as e:                    # whatever a client sent, the thread serves the others
+                traceback.print_exc()
+                question.listen("failed", f"{type(e).__name__}: {e}")
+                return
         self.questions[question.reply] = question
 
     def tell(self, reply, kind, x):

@@ -15,7 +15,7 @@ from openai.types.realtime import RealtimeServerEvent
 
 from omni.audio import SAMPLE_RATE
 from omni.espeak import speak
-from omni.realtime import RATE, Refused, Session, base64_of, merge
+from omni.realtime import KEPT, RATE, Refused, Session, base64_of, merge
 from serve import silero
 
 # The events as openai's own client reads them: its name -> its class.
@@ -113,6 +113,38 @@ def test_cancel_and_truncate():
     client.send("input_audio_buffer.commit")
     client.send("response.create")
     assert client.asked[1][1] == ["one two"]
+
+
+def test_half_a_reply_is_remembered_by_the_rate_of_speech():
+    """The text is ahead of the sound: of a reply that was cancelled after a second of sound, a second's
+    letters were heard, however much text had come."""
+    client = Client()
+    client.say()
+    client.send("input_audio_buffer.commit")
+    client.send("response.create")
+    item = client.events[-1]["item_id"]
+    client.reply("text", "one two six " * 8)          # 96 letters, 6 s
+    client.reply("audio", np.zeros(RATE))
+    client.send("response.cancel")
+    client.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=1000)
+    client.say()
+    client.send("input_audio_buffer.commit")
+    client.send("response.create")
+    assert client.asked[1][1] == ["one two six one"]
+
+
+def test_a_long_session_keeps_no_more_than_it_must():
+    """Clips are large: the older half is forgotten, and the rest answered."""
+    client = Client()
+    for _ in range(KEPT):
+        client.say(0.2)
+        client.send("input_audio_buffer.commit")
+        client.send("response.create")
+        client.reply("text", "Yes.")
+        client.reply("done", {"prompt": 1, "text": 1, "units": 0})
+    assert len(client.session.items) <= KEPT + 1 and len(client.session.milliseconds) <= KEPT + 1
+    assert len(client.asked[-1][0]) > KEPT // 4
+    check_order(client.events)
 
 
 def test_a_spoken_question_is_found_and_interrupts():
