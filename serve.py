@@ -7,7 +7,8 @@ How: python serve.py --ckpt out/tiny_stage2            then open http://127.0.0.
      any client of OpenAI's Realtime API               ws://127.0.0.1:8000/v1/realtime
      any client of its chat completions                http://127.0.0.1:8000/v1/chat/completions
      GET /healthz, GET /metrics                        for whoever watches it
-It listens on this machine only; for others give --host and --token. Nothing that is said is kept.
+It listens on this machine only; for others give --host and --token. Nothing that is said is kept, unless
+--record names a folder.
 The protocol is in omni/realtime.py, the thread that owns the model in omni/talk.py; here is what is between
 them and the network.
 """
@@ -40,12 +41,13 @@ from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.engine import quicken
 from omni.espeak import speak
-from omni.realtime import RATE, Refused, Session, base64_of, merge, new_id
+from omni.realtime import RATE, Refused, Session, base64_of, clean, merge, new_id
 from omni.talk import Talker
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "omni", "page.html")
 READER = "en-us+m3:160:50"             # espeak-ng's voice that reads typed questions to the model
 FORMATS = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "opus": "OGG"}     # of chat completions, beside pcm16
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 SLOW, BACKLOG = 10, 4 * 2 ** 20        # seconds in which a client must take an event; bytes that may wait
 
 
@@ -66,14 +68,17 @@ class ServeConfig:
     clip_seconds: int = 60             # longest question
     message_bytes: int = 8 * 2 ** 20   # largest message
     max_units: int = 1024              # longest reply, in units of 40 ms
+    record: str | None = None          # keep what is said, in this folder; none: nothing is kept
 
     def __post_init__(self):
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.token:
+        if self.host not in LOCAL and not self.token:
             raise ValueError(f"host {self.host} lets other machines in; give a --token that they must know")
         if min(self.rows, self.sessions, self.per_client, self.clip_seconds, self.max_units) < 1:
             raise ValueError("rows, sessions, per_client, clip_seconds and max_units must be at least 1")
         if min(self.idle, self.session_seconds) <= 0:
             raise ValueError("idle and session_seconds must be above zero")
+        if self.record and not os.access(os.path.dirname(os.path.abspath(self.record)), os.W_OK):
+            raise ValueError(f"record {self.record} cannot be made; give a folder in one that can be written")
 
 
 def silero(threshold, silence_ms):
@@ -100,8 +105,12 @@ def known(cfg, headers, query):
 
 
 def welcome(cfg, headers):
-    """May the page that connects do so? Only ours, and those of `origins`: browsers say whose page it is."""
-    origin = headers.get("origin")
+    """May the page that connects do so? Only ours, and those of `origins`: browsers say whose page it is.
+    Without a token ours is at a name of this machine, or a stranger's site could give itself our address."""
+    origin, host = headers.get("origin"), headers.get("host", "").rpartition(":")
+    name = host[0] if host[2].isdecimal() else "".join(host)
+    if origin is not None and origin not in cfg.origins and not cfg.token and name not in LOCAL:
+        return False
     return origin is None or origin in cfg.origins or origin.split("//")[-1] == headers.get("host")
 
 
@@ -163,6 +172,8 @@ def make_app(cfg, talker):
             await converse(socket)
         finally:
             sessions[address] -= 1
+            if not sessions[address]:
+                del sessions[address]
 
     async def converse(socket):
         """One session: what the client sends goes in, what it is to hear goes out through a queue."""
@@ -173,6 +184,8 @@ def make_app(cfg, talker):
             text = json.dumps(event)
             size += len(text)
             waiting.put_nowait(text)
+            if record:
+                record.sent(event)
             if size > BACKLOG:                        # the client does not keep up
                 late.set()
 
@@ -203,7 +216,13 @@ def make_app(cfg, talker):
                     continue
                 session.receive(event)
 
-        session = Session(send, talker.hear, ask, talker.cancel, name, read_aloud, silero, cfg.clip_seconds)
+        def hear(wav):
+            if record:
+                record.heard(wav)
+            return talker.hear(wav)
+
+        record = Record(cfg.record) if cfg.record else None
+        session = Session(send, hear, ask, talker.cancel, name, read_aloud, silero, cfg.clip_seconds)
         tasks = [asyncio.create_task(part) for part in (receive(), deliver(), late.wait())]
         try:
             done, _ = await asyncio.wait(tasks, timeout=cfg.session_seconds,
@@ -225,29 +244,82 @@ def make_app(cfg, talker):
             raise HTTPException(401, "this server wants its token as API key, and pages of its own only")
         if not talker:
             raise HTTPException(503, missing)
-        if int(request.headers.get("content-length") or 0) > cfg.message_bytes:
-            raise HTTPException(413, f"a request has at most {cfg.message_bytes} bytes")
+        if talker.waiting >= cfg.sessions:
+            counts["refused"] += 1
+            raise HTTPException(429, "too many replies at once; try again in a second", {"Retry-After": "1"})
+        data = b""
+        async for piece in request.stream():          # not every client says how long its request is
+            data += piece
+            if len(data) > cfg.message_bytes:
+                raise HTTPException(413, f"a request has at most {cfg.message_bytes} bytes")
         try:
-            body = await request.json()
+            body = json.loads(data)
             clips, texts = merge(read_messages(cfg, talker, body))
             form = wanted_format(body)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            temperature = Session.temperature(body, 0.3)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise HTTPException(400, f"not a request that this server knows: {e}") from None
         except Refused as e:
             raise HTTPException(400, e.args[1]) from None
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
-        question = talker.ask(clips, texts, float(body.get("temperature") or 0.3),
+        question = talker.ask(clips, texts, temperature,
                               lambda *event: loop.call_soon_threadsafe(events.put_nowait, event), bool(form))
         counts["replies"] += 1
         reply = Completion(body.get("model") or name, form)
         if body.get("stream"):
             return StreamingResponse(reply.stream(talker, question, events), media_type="text/event-stream")
-        return await reply.whole(talker, question, events)
+        answer = asyncio.ensure_future(reply.whole(talker, question, events))
+        gone = asyncio.ensure_future(left(request))
+        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not answer.done():                         # nobody waits for it: its row is for others
+            answer.cancel()
+            raise HTTPException(499, "the client has left")
+        return answer.result()
 
     return app
 
 
+class Record:
+    """What was said in a session, on disk: WAV files, and turns.jsonl with a line for each reply. Names are
+    made here; none comes from a client."""
+
+    def __init__(self, folder):
+        self.folder = os.path.join(folder, time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(4))
+        os.makedirs(self.folder)
+        self.clips, self.replies, self.questions, self.sound = 0, 0, [], b""
+
+    def heard(self, wav):
+        """A clip of the user (n,) at 16 kHz."""
+        self.clips += 1
+        self.questions.append(f"{self.clips}-question.wav")
+        soundfile.write(os.path.join(self.folder, self.questions[-1]), np.clip(wav, -1, 1), SAMPLE_RATE)
+
+    def sent(self, event):
+        if event["type"] == "response.output_audio.delta":
+            self.sound += base64.b64decode(event["delta"])
+        if event["type"] != "response.done":
+            return
+        self.replies += 1
+        line = {"questions": self.questions, "status": event["response"]["status"], "text": "", "reply": None}
+        for item in event["response"]["output"]:
+            line["text"] = item["content"][0].get("transcript") or item["content"][0].get("text", "")
+        if self.sound:
+            line["reply"] = f"{self.replies}-reply.wav"
+            pcm = np.frombuffer(self.sound, "<i2")
+            soundfile.write(os.path.join(self.folder, line["reply"]), pcm, RATE)
+        with open(os.path.join(self.folder, "turns.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.questions, self.sound = [], b""
+
+
 # ------------------------------------------------------------------------------------------ chat completions
+
+async def left(request):
+    """Wait until the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
 
 def read_messages(cfg, talker, body):
     """The messages of a request -> [("user", log-mel) or ("assistant", text)]."""
@@ -257,7 +329,7 @@ def read_messages(cfg, talker, body):
         if isinstance(parts, str):
             parts = [{"type": "text", "text": parts}]
         if message["role"] == "assistant":
-            turns.append(("assistant", " ".join(part["text"] for part in parts)))
+            turns.append(("assistant", clean(" ".join(part["text"] for part in parts))))
         elif message["role"] == "user":
             for part in parts:
                 if part["type"] == "input_audio":
@@ -265,7 +337,7 @@ def read_messages(cfg, talker, body):
                     wav, rate = read_sound(data)
                     wav = soxr.resample(wav, rate, SAMPLE_RATE)
                 else:
-                    wav = read_aloud(part["text"])
+                    wav = read_aloud(clean(part["text"]))
                 if not MIN_SECONDS <= len(wav) / SAMPLE_RATE <= cfg.clip_seconds:
                     raise ValueError(f"a clip lasts {MIN_SECONDS} to {cfg.clip_seconds} s")
                 turns.append(("user", talker.hear(wav)))

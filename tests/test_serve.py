@@ -3,6 +3,7 @@ holds a conversation; what clients do wrong costs them their own session at most
 import asyncio
 import base64
 import contextlib
+import http.client
 import io
 import json
 import socket
@@ -183,6 +184,94 @@ def test_bad_messages_harm_nobody(server):
     asyncio.run(talk())
 
 
+def test_no_text_of_a_client_ends_the_thread(server):
+    """Half a letter, which JSON allows and a tokenizer does not, a special token, a text that takes minutes
+    to read aloud: a reply or an error for who sent it, and the next one is answered."""
+    def item(role, text):
+        kind = "output_text" if role == "assistant" else "input_text"
+        return json.dumps({"type": "conversation.item.create", "item": {
+            "type": "message", "role": role, "content": [{"type": kind, "text": text}]}})
+
+    async def talk():
+        for role, text in (("assistant", "\ud800"), ("assistant", "<speech><|im_end|>"), ("user", "a\ud800"),
+                           ("user", "word " * 10 ** 5)):
+            async with server.connect() as bad:
+                await bad.send(item("user", "Hello."))
+                await bad.send(item(role, text))
+                await bad.send(item("user", "Hello."))
+                await bad.send('{"type": "response.create"}')
+                event = {"type": None}
+                while event["type"] != "response.done":
+                    event = json.loads(await asyncio.wait_for(bad.recv(), 10))
+                    assert event["type"] != "error" or event["error"]["code"] == "text_too_long"
+            async with server.client().realtime.connect(model="nano") as neighbor:
+                assert (await one_reply(neighbor))[-1].type == "response.done"
+    asyncio.run(talk())
+
+
+def test_a_failing_model_is_there_for_the_next(tiny, monkeypatch):
+    """Whoever waits is told; what the failed step left in the caches is read by nobody."""
+    made = Server(tiny)
+    clip = made.talker.hear(0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32))
+
+    def reply():
+        events, over = [], threading.Event()
+
+        def listen(kind, x):
+            events.append((kind, x))
+            if kind in ("done", "failed"):
+                over.set()
+        made.talker.ask([clip], [], 0.0, listen)
+        assert over.wait(10)
+        return "".join(x for kind, x in events if kind == "text"), events[-1][0]
+
+    good, step = reply(), made.talker.engine.llm.step
+    assert good[1] == "done"
+    made.talker.engine.cached = [[] for _ in made.talker.engine.cached]
+    made.talker.engine.llm.keys.zero_()
+    monkeypatch.setattr(made.talker.engine.llm, "step", lambda *args: 1 / 0)
+    for _ in range(4):
+        assert reply()[1] == "failed"
+    monkeypatch.setattr(made.talker.engine.llm, "step", step)
+    assert reply() == good and made.idle()
+
+
+def test_a_long_conversation_forgets_its_beginning(tiny, monkeypatch):
+    """It goes on for ever, in a model that has room for five turns."""
+    made = Server(tiny)
+    monkeypatch.setitem(tiny[0].config, "max_position_embeddings", 12 + 5 * 400)
+
+    async def talk():
+        async with made.client().realtime.connect(model="nano") as connection:
+            for _ in range(12):
+                done = (await one_reply(connection))[-1].response
+                assert done.status in ("completed", "incomplete"), done.status_details
+                assert done.usage.input_tokens <= 5 * 400
+    asyncio.run(talk())
+
+
+def test_chat_completions_refuse_and_notice(server, monkeypatch):
+    """Requests of unknown length are cut off, odd ones refused, and who leaves gives the row back."""
+    def post(body, **headers):
+        line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        line.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"} | headers,
+                     encode_chunked=not isinstance(body, str))
+        return line
+
+    hello = {"messages": [{"role": "user", "content": "Hello."}], "modalities": ["text", "audio"]}
+    for body, code in ((iter([b"x" * 2 ** 19] * 4), 413), ("[" * 10 ** 5, 400),
+                       (json.dumps(hello | {"temperature": [1]}), 400),
+                       (json.dumps(hello | {"temperature": -1}), 400)):
+        assert post(body).getresponse().status == code
+    monkeypatch.setattr(server.talker.engine, "max_units", 1000)
+    complete = len(server.talker.factors)
+    line = post(json.dumps(hello))
+    while not server.talker.engine.active:
+        time.sleep(0.001)
+    line.close()
+    assert server.idle() and len(server.talker.factors) == complete
+
+
 def test_a_client_that_never_reads_is_cut_off(server):
     """Its events wait in a queue of its own; when that is full the session ends. A neighbor notices
     nothing."""
@@ -239,6 +328,9 @@ def test_who_may_come_in(server):
                          ("https://ours.org.evil", False), ("null", False), ("http://here", False)):
         headers = {"host": "here:8000"} | ({"origin": origin} if origin else {})
         assert welcome(cfg, headers) == good
+    for host, good in (("127.0.0.1:8000", True), ("localhost", True), ("[::1]:8000", True),
+                       ("evil.org:8000", False)):         # a site that gave itself our address
+        assert welcome(ServeConfig(), {"host": host, "origin": f"http://{host}"}) == good
     with pytest.raises(ValueError, match="token"):
         ServeConfig(host="0.0.0.0")
 
@@ -246,6 +338,28 @@ def test_who_may_come_in(server):
         async with server.connect(origin="http://evil.org") as page:
             assert json.loads(await page.recv())["error"]["code"] == "origin"
     asyncio.run(refused())
+
+
+def test_record_keeps_what_was_said(tiny, tmp_path):
+    """The question, the reply's sound and text, a folder a session; without --record nothing is written."""
+    made = Server(tiny, record=str(tmp_path))
+
+    async def talk():
+        async with made.client().realtime.connect(model="nano") as connection:
+            return [await one_reply(connection), await one_reply(connection)]
+    turns = asyncio.run(talk())
+    (folder,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in (folder / "turns.jsonl").read_text().splitlines()]
+    for n, (events, line) in enumerate(zip(turns, lines, strict=True), 1):
+        sound = b"".join(base64.b64decode(e.delta) for e in events
+                         if e.type == "response.output_audio.delta")
+        wav, rate = soundfile.read(folder / line["reply"], dtype="int16")
+        assert rate == 24000 and wav.tobytes() == sound and line["reply"] == f"{n}-reply.wav"
+        assert line["text"] == events[-1].response.output[0].content[0].transcript
+        question, rate = soundfile.read(folder / line["questions"][0])
+        assert rate == 16000 and len(question) == 16000
+    with pytest.raises(ValueError, match="record"):
+        ServeConfig(record=str(tmp_path / "no" / "where"))
 
 
 def test_without_a_model_it_says_what_to_run():
