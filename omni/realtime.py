@@ -235,7 +235,7 @@ class Session:
     # ------------------------------------------------------------------------------------ what is heard
 
     def forget_audio(self):
-        """Empty the buffer: sound at 16 kHz, from sample `heard_from` of the session on."""
+        """Empty the buffer of sound (16 kHz)."""
         self.pieces, self.held = [], 0                # arrays (n,), and how many samples they are
         self.resampler = soxr.ResampleStream(RATE, SAMPLE_RATE, 1, "float32")
 

@@ -396,7 +396,7 @@ def dialogues(seed, counts, voices=(), people=True):
         for text, voice in shipped_clips():
             clips.setdefault(text, []).append(voice)
     for split, count in counts.items():
-        rng, other_rng = random.Random(f"{seed} {split}"), random.Random(f"{seed} {split} people")
+        rng, people_rng = random.Random(f"{seed} {split}"), random.Random(f"{seed} {split} people")
         seen = set()
         n = 0
         while n < count:
@@ -411,8 +411,8 @@ def dialogues(seed, counts, voices=(), people=True):
             asking = [voice_of(rng, turn["user"], split) or voice for turn in turns]
             if split == "train":
                 for i, turn in enumerate(turns):
-                    if turn["user"] in clips and other_rng.random() < 0.8:
-                        asking[i] = other_rng.choice(clips[turn["user"]])
+                    if turn["user"] in clips and people_rng.random() < 0.8:
+                        asking[i] = people_rng.choice(clips[turn["user"]])
             yield {
                 "id": f"{split}-{n:06d}",
                 "split": split,
