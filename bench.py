@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import resource
 import statistics
@@ -26,7 +27,10 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -43,7 +47,8 @@ from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
-from omni.engine import Engine
+from omni.engine import Engine, quicken
+from omni.talk import Talker
 
 # Qwen2.5: width, layers, heads, key-value heads, MLP, vocabulary, are head and table one tensor?
 QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -234,7 +239,7 @@ def bench_reply(size, units, repeats):
     omni = talker(size)
     device, tokens = omni.lm_head.weight.device, units * 3 // 10 // 2
     ids, clips = question(omni, 30)
-    engine = Engine(omni, max_tokens=tokens, max_units=units, eos=-1)
+    engine = Engine(quicken(deepcopy(omni), [torch.float32]), max_tokens=tokens, max_units=units, eos=-1)
     ours, theirs = [], []
     for _ in range(repeats):
         said, times = timed(engine.generate(ids, clips, temperature=0.0))
@@ -249,7 +254,8 @@ def bench_reply(size, units, repeats):
     for i in bursts:
         per_unit.append(statistics.median(times[i] - times[i - 1] for times in ours) / len(said[i][1]))
     late = statistics.median(per_unit[-6:-1])
-    weights = matrix_weights(omni.speech_generator.model.model.layers) + engine.head.numel()
+    generator = omni.speech_generator
+    weights = matrix_weights(generator.model.model.layers) + UNIT_VOCAB * generator.model.lm_head.in_features
     floor = weights * omni.lm_head.weight.element_size() / read_bandwidth(device)
     first = next(i for i, (kind, _) in enumerate(said) if kind == "units")
     result = {"units": units, "ours_s": statistics.median(times[-1] for times in ours),
@@ -266,7 +272,7 @@ def bench_reply(size, units, repeats):
 
 def bench_turns(size, turns=5, repeats=5):
     """Milliseconds from a question of 2.5 s to the first burst, for each turn of a conversation."""
-    omni, times = talker(size), []
+    omni, times = quicken(talker(size)), []
     for _ in range(repeats):
         engine = Engine(omni, max_tokens=12, max_units=40, eos=-1)
         ids, clips, row = [], [], []
@@ -288,7 +294,7 @@ def bench_voice(W, repeats=20):
     hears it: (first text, first audio, start-up buffer) in milliseconds, each (median, 95th percentile), and
     the real-time factor. The buffer is how much later than the first piece playback has to begin so that it
     never waits for a piece."""
-    omni, codec = talker("tiny"), load_codec("tiny/codec.pt")
+    omni, codec = quicken(talker("tiny")), load_codec("tiny/codec.pt")
     omni.W = W
     engine = Engine(omni, max_tokens=12, max_units=75, eos=-1)
     ids, clips = question(omni, 2.5)
@@ -314,9 +320,44 @@ def bench_voice(W, repeats=20):
     return [np.quantile(x, [0.5, 0.95]).round(1).tolist() for x in times], float(np.median(factor))
 
 
+def bench_company(rows):
+    """Several people ask the tiny model at once, and each hears a reply of 6 s by the nano codec, through the
+    thread that serve.py has: (first audio in ms: median, slowest; stalls; real-time factor of the slowest).
+    A stall: a piece comes after what came before it has been played."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                          # see Talker
+    tokenizer = SimpleNamespace(decode=lambda ids: "")
+    made = Talker(quicken(talker("tiny")), tokenizer, lambda replies: [1, 30, 31, SPEECH, 2, 33],
+                  load_codec("tiny/codec.pt"), rows, max_tokens=45, max_units=150, threads=threads)
+    made.engine.eos = -1                              # no text ends early
+    clips, over = question(made.omni, 2.5)[1], queue.SimpleQueue()
+
+    def listen(asked, pieces, kind, x):
+        if kind == "audio":
+            pieces.append((time.perf_counter() - asked, len(x) / made.rate))
+        elif kind in ("done", "failed"):
+            over.put(kind)
+    for _ in range(2):                                # once to warm up
+        made.engine.cached = [[] for _ in range(rows)]
+        heard, asked = [[] for _ in range(rows)], time.perf_counter()
+        for pieces in heard:
+            made.ask(clips, [], 1.0, partial(listen, asked, pieces))
+        if [over.get() for _ in heard] != rows * ["done"]:
+            fail("latency: a reply failed")
+    made.close()
+    stalls, factors, first = 0, [], [1000 * pieces[0][0] for pieces in heard]
+    for pieces in heard:
+        until = pieces[0][0]                          # when what has come will have been played
+        for came, seconds in pieces:
+            stalls += came > until
+            until = max(until, came) + seconds
+        factors.append(pieces[-1][0] / sum(seconds for _, seconds in pieces))
+    return statistics.median(first), max(first), stalls, max(factors)
+
+
 def bench_batch(size, units, sizes):
     """Units per second of several replies at once."""
-    omni, result = talker(size), {}
+    omni, result = quicken(talker(size)), {}
     ids, clips = question(omni, 2.5)
     for rows in sizes:
         engine = Engine(omni, rows, max_tokens=units // 4, max_units=units, eos=-1)
@@ -337,6 +378,10 @@ def bench_latency(cfg):
         times, factor = result[f"tiny, W = {W}"] = alone(bench_voice, W)
         print(f"latency: tiny, R = 3, W = {W}, median and 95 %: first text, first audio, buffer that "
               f"playback needs, ms: {times}; real-time factor {factor:.2f}")
+    for rows in (1, 8, 16, 32) if "tiny" in sizes else ():
+        first, last, stalls, factor = result[f"tiny, {rows} at once"] = alone(bench_company, rows)
+        print(f"latency: tiny, {rows} at once: first audio {first:.0f} ms, of the slowest {last:.0f} ms; "
+              f"{stalls} stalls; real-time factor {factor:.2f}")
     for size in sizes:
         figures = alone(bench_reply, size, 800, 5)
         batch = figures["units_per_s"] = alone(bench_batch, size, 200, (1, 8, 16))

@@ -26,7 +26,6 @@ from functools import partial
 
 import accelerate
 import numpy as np
-import silero_vad
 import soundfile
 import soxr
 import torch
@@ -83,6 +82,8 @@ class ServeConfig:
 
 def silero(threshold, silence_ms):
     """silero-vad for one stream, as omni/realtime.py wants it."""
+    import silero_vad                                 # here, because it sets torch to one thread
+
     model = silero_vad.load_silero_vad(onnx=True)
     found = silero_vad.VADIterator(model, threshold, SAMPLE_RATE, silence_ms)
     return lambda frame: found(torch.from_numpy(frame))
@@ -444,14 +445,15 @@ class Completion:
 
 def main():
     cfg = configure(ServeConfig)
-    talker = None
+    talker, threads = None, torch.get_num_threads()
+    torch.set_num_threads(1)                          # of this thread; see Talker
     try:
         if cfg.ckpt.startswith("hf:") or os.path.exists(cfg.ckpt):
             device = accelerate.PartialState().device
             codec = load_codec(cfg.codec, cfg.voice).to(device)
             omni, tokenizer, _ = checkpoint.load(cfg.ckpt)
             talker = Talker(quicken(omni.eval().to(device)), tokenizer, partial(chat_ids, tokenizer), codec,
-                            cfg.rows, max_units=cfg.max_units)
+                            cfg.rows, max_units=cfg.max_units, threads=threads)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     if talker:                                        # a first reply takes a second longer than others

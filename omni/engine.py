@@ -6,8 +6,8 @@ order of `read_write` in model.py, so the speech LM is fed row for row what it w
 (tests/test_layout.py). A decoder's time goes into reading its weights, once per step, so several replies cost
 hardly more than one: each has a row of the caches, joins when a row is free and leaves when it is done.
 
-How: a round gives every reply R tokens of text (fewer at its end), then a burst of W units; the first burst
-comes in two pieces.
+How: a round gives every reply R tokens of text (fewer at its end), then a burst of W units; where few talk,
+the first burst comes in two pieces.
 
     engine = Engine(omni, rows=8)
     for ids, clips in questions:
@@ -22,6 +22,7 @@ import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ from model import SPEECH, expand_speech
 from omni.audio import DOWNSAMPLE, speech_positions
 from omni.packing import round_up
 
-FIRST = 5                             # units of a reply's first piece, so that a codec can begin early
+FIRST = 5                             # units of a reply's first piece, so that a codec can begin early ...
+FEW = 2                               # ... if no more are talking, or its second piece would come too late
 
 
 class Decoder:
@@ -106,28 +108,68 @@ class Decoder:
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
+class Packed(torch.nn.Module):
+    """A linear layer for decoding on a CPU: oneDNN has laid its weight out for products with few rows.
+
+    `F.linear` does so anew in every product, or leaves a single row to a matrix-vector product, which on some
+    CPUs reads memory at a fifth of its speed. torch uses the same layout, and this operator, when it compiles
+    a model with frozen weights.
+    """
+
+    def __init__(self, weight, bias=None, rows=16):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+
+    def forward(self, x):
+        """(..., in) -> (..., out)"""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack(module, leave=None):
+    """Put `Packed` in place of every linear layer but `leave`. What is packed can be neither trained nor
+    saved."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not leave:
+            module.set_submodule(name, Packed(layer.weight, layer.bias))
+
+
 @torch.no_grad()
-def quicken(omni):
-    """Put a model into the precision that decodes faster on its device, and print which that is.
+def quicken(omni, precisions=(torch.float32, torch.bfloat16)):
+    """Make a model decode as fast as its device allows, in place, and print how. It cannot be trained or
+    saved any more.
 
     A decoder reads all its weights for every unit, and bf16 is half the bytes: on a GPU it wins. On a CPU it
-    depends on its instructions and on the size, so an MLP of the speech LM is timed in both.
+    depends on its instructions and on the size, as does packing (see `Packed`), so MLPs of the speech LM are
+    timed, enough of them that a cache does not hold them all. What hears has many rows and is always packed.
     """
-    device, times = omni.lm_head.weight.device, {}
-    mlp = omni.speech_generator.model.model.layers[0].mlp
-    for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else ():
-        copy = deepcopy(mlp).to(dtype)
-        x, runs = torch.ones(1, 1, copy.gate_proj.in_features, dtype=dtype), []
-        for _ in range(30):
-            start = time.perf_counter()
-            copy(x)
-            runs.append(time.perf_counter() - start)
-        times[dtype] = statistics.median(runs)
-    if times and times[torch.bfloat16] > 0.9 * times[torch.float32]:      # not worth the rounding
-        print("precision: fp32")
-        return omni
-    print("precision: bf16")
-    return omni.to(torch.bfloat16)
+    generator, device, times = omni.speech_generator, omni.lm_head.weight.device, {}
+    mlps = torch.nn.ModuleList(layer.mlp for layer in generator.model.model.layers[:4])
+    cpu = device.type == "cpu"
+    ways = (False, True) if cpu and torch.backends.mkldnn.is_available() else (False,)
+    for dtype in precisions if cpu else ():
+        for packed in ways:
+            copies = deepcopy(mlps).to(dtype)
+            x, runs = torch.ones(1, 1, mlps[0].gate_proj.in_features, dtype=dtype), []
+            if packed:
+                pack(copies)
+            for _ in range(30):
+                start = time.perf_counter()
+                for mlp in copies:
+                    mlp(x)
+                runs.append(time.perf_counter() - start)
+            times[dtype, packed] = statistics.median(runs)
+    dtype, packed = precisions[-1], False
+    if times:                                         # bf16 must be worth its rounding
+        dtype, packed = min(times, key=lambda way: times[way] * (1 if way[0] == torch.float32 else 1.1))
+    print(f"decoding in {str(dtype).removeprefix('torch.')}" + (", weights packed" if packed else ""))
+    omni.to(dtype)
+    if packed:
+        pack(omni, leave=generator.model.lm_head)
+    elif True in ways:
+        pack(omni.model.speech_encoder)
+        pack(omni.model.speech_projector)
+    return omni
 
 
 def attend(q, k, v, mask):
@@ -224,11 +266,12 @@ class Engine:
         self.speech_lm = Decoder(generator.model.model, rows, max_tokens + max_units + 2 * omni.W)
         self.cached = [[] for _ in range(rows)]       # what the LLM has read in each row, as keys
         self.free, self.waiting, self.active = list(range(rows)), [], []
-        self.head = generator.model.lm_head.weight
-        self.choices = torch.arange(len(self.head), device=self.head.device)
+        head = generator.model.lm_head.weight
+        self.device, self.choices = head.device, torch.arange(len(head), device=head.device)
         if constrain:                                 # units and EOS: a twentieth of a real vocabulary
             self.choices = torch.cat([self.choices[generator.unit_offset:], self.choices[[generator.eos]]])
-            self.head = self.head[self.choices]
+            head = head[self.choices]
+        self.head = Packed(head) if isinstance(omni.lm_head, Packed) else partial(F.linear, weight=head)
 
     def submit(self, ids, clips=(), reply=None, speak=True, temperature=1.0, seed=None):
         """Ask for a reply -> a Reply; it begins when a row is free.
@@ -313,7 +356,7 @@ class Engine:
             new.append((reply, known))
         if not new:
             return
-        device, clips = self.head.device, []
+        device, clips = self.device, []
         for reply, known in new:
             positions = reply.ids[:known].count(SPEECH)
             for clip in reply.clips:
@@ -337,7 +380,7 @@ class Engine:
 
     def think(self):
         """Up to R more tokens of text for each reply."""
-        omni, device = self.omni, self.head.device
+        omni, device = self.omni, self.device
         for _ in range(omni.R):
             writing = [reply for reply in self.active if not reply.text_done]
             asked = [reply for reply in writing if reply.given is None]
@@ -360,7 +403,7 @@ class Engine:
         if not replies:
             return
         tokens = [reply.text[-1] for reply in replies]
-        x = self.omni.model.embed_tokens(torch.tensor(tokens, device=self.head.device))[:, None]
+        x = self.omni.model.embed_tokens(torch.tensor(tokens, device=self.device))[:, None]
         states = self.llm.step(x, [reply.row for reply in replies], [1] * len(replies))
         for reply, token, state in zip(replies, tokens, states):
             self.cached[reply.row].append(token)
@@ -385,7 +428,7 @@ class Engine:
 
     def speak(self):
         """A burst of up to W units for each reply that speaks; behind `<sep>` EOS may end it."""
-        W, generator, device = self.omni.W, self.omni.speech_generator, self.head.device
+        W, generator, device = self.omni.W, self.omni.speech_generator, self.device
         talking = [reply for reply in self.active if reply.speaks and len(reply.units) < self.max_units]
         if not talking:
             return
@@ -400,11 +443,12 @@ class Engine:
             units = [([-1] * self.window + reply.units)[-self.window:] for reply in talking]
             recent = torch.tensor(units, device=device)
         room = min(W, max(self.max_units - len(reply.units) for reply in talking))
-        first = min(FIRST, room) if any(not reply.units for reply in talking) else room
+        begin = len(talking) <= FEW and any(not reply.units for reply in talking)
+        first = min(FIRST, room) if begin else room
         burst, said, ended = [], 0, torch.zeros_like(may_end)
         for i in range(room):
             states = self.speech_lm.step(x, rows, counts)
-            logits = F.linear(states[torch.arange(len(rows), device=device), last], self.head).float()
+            logits = self.head(states[torch.arange(len(rows), device=device), last]).float()
             if self.trace is not None:
                 self.trace.append((x[0, :counts[0]], logits[0].clone()))
             if self.constrain:
@@ -439,7 +483,7 @@ class Engine:
 
     def draw(self, replies):
         """Two random numbers below 1 for each reply, of its own generator (B, 2)."""
-        return torch.stack([torch.rand(2, generator=reply.random) for reply in replies]).to(self.head.device)
+        return torch.stack([torch.rand(2, generator=reply.random) for reply in replies]).to(self.device)
 
 
 def keys_of(reply):

@@ -49,11 +49,17 @@ class Talker(threading.Thread):
 
     rate = 24000                       # Hz, of the sound that comes out
 
-    def __init__(self, omni, tokenizer, prompt, codec, rows, max_tokens=128, max_units=1024):
-        """prompt: a function, the replies so far -> the ids of a prompt, one SPEECH for each user's turn."""
+    def __init__(self, omni, tokenizer, prompt, codec, rows, max_tokens=128, max_units=1024, threads=None):
+        """
+        prompt    a function, the replies so far -> the ids of a prompt, one SPEECH for each user's turn
+        threads   of the CPU that compute; none: torch's default. Every thread of Python that computes keeps
+                  so many of its own, and as soon as these are more than cores, all wait for each other: so
+                  whoever makes a Talker first does torch.set_num_threads(1) for itself
+        """
         super().__init__(daemon=True, name="talker")
         self.omni, self.tokenizer, self.prompt, self.codec = omni, tokenizer, prompt, codec
         self.engine = Engine(omni, rows, max_tokens=max_tokens, max_units=max_units)
+        self.threads = threads or torch.get_num_threads()
         self.orders, self.questions = queue.SimpleQueue(), {}
         self.first_audio, self.factors = [], []       # of the last replies: seconds, real-time factors
         self.start()
@@ -78,6 +84,11 @@ class Talker(threading.Thread):
         question.cancelled = True
         self.orders.put(question)
 
+    def close(self):
+        """End the thread, once nobody asks any more."""
+        self.orders.put(None)
+        self.join()
+
     @property
     def waiting(self):
         """Replies that are being made, or wait for a row."""
@@ -86,8 +97,9 @@ class Talker(threading.Thread):
     # ------------------------------------------------------------------------------------- in the thread
 
     def run(self):
-        while True:
-            self.obey(self.orders.get())              # sleep until somebody asks
+        torch.set_num_threads(self.threads)           # of this thread
+        while (question := self.orders.get()) is not None:                   # sleep until somebody asks
+            self.obey(question)
             try:
                 for reply, kind, x in self.engine.stream():
                     self.tell(reply, kind, x)

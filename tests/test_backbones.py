@@ -173,9 +173,10 @@ def test_missing_synthesizers_are_named(monkeypatch, capsys, tmp_path):
 def test_backbones_load_where_downloads_would(tmp_path):
     """What tiny/backbones.py makes opens with the libraries' own loaders, as the real ones do. It needs none
     of the synthesizers that have to be installed."""
-    run(sys.executable, "tiny/backbones.py", "--out_dir", tmp_path, "--figures", 8, "--parts", "qwen2,codec,whisper",
-        "--qwen2_dialogues", 400, "--qwen2_steps", 20, "--codec_sentences", 100, "--codec_steps", 10,
-        "--whisper_clips", 100, "--whisper_steps", 4, "--whisper_people", 0)
+    run(sys.executable, "tiny/backbones.py", "--out_dir", tmp_path, "--figures", 8,
+        "--parts", "qwen2,codec,whisper", "--qwen2_dialogues", 400, "--qwen2_steps", 20,
+        "--codec_sentences", 100, "--codec_steps", 10, "--whisper_clips", 100, "--whisper_steps", 4,
+        "--whisper_people", 0)
     assert whisper.load_model(str(tmp_path / "whisper.pt"), device="cpu").dims.n_mels == 80
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen2")
     assert Qwen2ForCausalLM.from_pretrained(tmp_path / "qwen2").config.vocab_size == len(tokenizer)

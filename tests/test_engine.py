@@ -1,12 +1,13 @@
 """Many replies at once are what they are alone. It protects whoever shares an engine: neither company, nor
 joining, leaving, cancelling, nor what a row held before changes a token."""
 import pytest
+import torch
 from conftest import ROWS, generate, load
 
 from data import Dialogues
 from model import SPEECH, expand_speech
 from omni import engine
-from omni.engine import FIRST, Engine
+from omni.engine import FIRST, Engine, Packed, quicken
 
 LIMITS = {"max_tokens": 9, "max_units": 77, "eos": -1}
 
@@ -170,3 +171,46 @@ def test_thousand_replies_keep_memory_flat(tiny):
     assert sum(kind == "done" for _, kind, _ in maker.stream()) == 1000
     assert (maker.llm.keys.numel(), maker.speech_lm.keys.numel()) == size
     assert all(len(keys) < 10 for keys in maker.cached) and not maker.active
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_quickened_model_says_the_same(prompts, monkeypatch, capsys, packed):
+    """In fp32, whether packing wins or loses when it is timed. What hears is packed in either case."""
+    omni, *_ = load()
+    omni.eval()
+    expected = [alone(omni, prompt, temperature=0.0) for prompt in prompts]
+    ticks = iter(range(10 ** 6))
+    durations = [9, 1] if packed else [1, 9]          # of every pass: plain, then packed
+    monkeypatch.setattr(engine.time, "perf_counter",
+                        lambda: (n := next(ticks)) % 2 * durations[n // 60])
+    quicken(omni, [torch.float32])
+    assert ("packed" in capsys.readouterr().out) == packed
+    assert isinstance(omni.speech_generator.model.model.layers[0].mlp.up_proj, Packed) == packed
+    assert isinstance(omni.model.speech_encoder.blocks[0].mlp[0], Packed)
+    for prompt, said in zip(prompts, expected):
+        assert alone(omni, prompt, temperature=0.0) == said
+
+
+def test_a_quickened_model_in_bf16(prompts):
+    """The first logits of the speech LM are those in fp32 to bf16's three digits, but not the very same."""
+    logits = []
+    for precision in (torch.float32, torch.bfloat16):
+        omni, *_ = load()
+        quicken(omni.eval(), [precision])
+        assert omni.lm_head.weight.dtype == precision
+        trace = []
+        list(Engine(omni, trace=trace, **LIMITS).generate(*prompts[0], temperature=0.0))
+        logits.append(trace[0][1][torch.isfinite(trace[0][1])])
+    difference = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+    assert 0 < difference < 0.03
+
+
+def test_the_first_burst_is_whole_where_many_talk(tiny, prompts):
+    """One or two hear a short piece first; of three, the others' pieces would be made before the second."""
+    for rows in (2, 3):
+        maker, first = Engine(tiny[0], rows, **LIMITS), {}
+        asked = [maker.submit(*prompts[n % 3], temperature=0.0) for n in range(rows)]
+        for reply, kind, x in maker.stream():
+            if kind == "units":
+                first.setdefault(reply, len(x))
+        assert [first[reply] for reply in asked] == rows * [FIRST if rows == 2 else tiny[0].W]

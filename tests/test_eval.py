@@ -122,6 +122,7 @@ def test_topics_keep_only_their_turns(tmp_path, monkeypatch, more):
     monkeypatch.setattr(evaluation, "load_corpus", lambda corpus, split: Dataset.from_list(rows))
     monkeypatch.setattr(evaluation, "answer_all", answer_all)
     monkeypatch.setattr(evaluation.checkpoint, "load", lambda ckpt: (network, None, None))
+    monkeypatch.setattr(evaluation, "quicken", lambda omni, precisions: omni)
     arguments = ["--text", "true", "--keep", "0", "--corpus", str(tmp_path), "--out", str(tmp_path), *more]
     monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
     evaluation.main()
