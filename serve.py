@@ -82,7 +82,7 @@ class ServeConfig:
 
 def silero(threshold, silence_ms):
     """silero-vad for one stream, as omni/realtime.py wants it."""
-    import silero_vad                                 # here, because it sets torch to one thread
+    import silero_vad  # here, because it sets torch to one thread
 
     model = silero_vad.load_silero_vad(onnx=True)
     found = silero_vad.VADIterator(model, threshold, SAMPLE_RATE, silence_ms)
@@ -204,7 +204,8 @@ def make_app(cfg, talker):
 
         async def receive():
             while True:
-                message = await asyncio.wait_for(socket.receive(), cfg.idle)
+                left = cfg.idle - (time.monotonic() - session.last_seen)      # an open microphone is no sign
+                message = await asyncio.wait_for(socket.receive(), left)
                 if message["type"] == "websocket.disconnect":
                     return
                 if message.get("text") is None:

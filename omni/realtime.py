@@ -22,6 +22,7 @@ import base64
 import binascii
 import math
 import secrets
+import time
 
 import numpy as np
 import soxr
@@ -102,7 +103,8 @@ def merge(turns):
 class Session:
     """One client's conversation. All methods are called by one thread."""
 
-    def __init__(self, send, hear, ask, cancel, model, read_aloud=None, vad=None, max_seconds=60):
+    def __init__(self, send, hear, ask, cancel, model, read_aloud=None, vad=None, max_seconds=60,
+                 clock=time.monotonic):
         """
         send(event)          delivers an event (a dict) to the client
         hear(wav)            a clip of the user (n,) at 16 kHz -> its log-mel (n_mels, T)
@@ -113,10 +115,13 @@ class Session:
         vad(threshold, silence_ms)   makes a voice detector: frames (512,) at 16 kHz -> {"start": n} or
                              {"end": n} where speech starts or ends, else None. None: push to talk only
         max_seconds          longest clip
+        clock                seconds
         """
         self.send_event, self.hear, self.ask, self.cancel_question = send, hear, ask, cancel
         self.read_aloud, self.make_vad, self.max_seconds = read_aloud, vad, max_seconds
+        self.clock, self.last_seen = clock, clock()   # when the client last did more than send silence
         self.items, self.response = [], None          # items: (item, what was said: a log-mel, or a text)
+        self.playing = None, 0.0                      # the reply that is heard last, and when it began
         self.milliseconds = {}                        # id of an item -> how long its sound is
         self.settings = {
             "type": "realtime", "object": "realtime.session", "id": new_id("sess"), "model": model,
@@ -149,6 +154,8 @@ class Session:
             if event["type"] not in self.handlers:
                 known = ", ".join(self.handlers)
                 raise Refused("unknown_event", f"there is no event {event['type']!r}; known are {known}")
+            if event["type"] != "input_audio_buffer.append" or self.speaking or not self.vad:
+                self.last_seen = self.clock()
             self.handlers[event["type"]](event)
         except Refused as e:
             self.error(*e.args, name if isinstance(name, str) else None)
@@ -241,7 +248,7 @@ class Session:
 
     def start_vad(self):
         """Begin to look for speech, or stop."""
-        self.vad, self.frames, self.clock = None, np.zeros(0, np.float32), 0      # clock: samples looked at
+        self.vad, self.frames, self.looked_at = None, np.zeros(0, np.float32), 0  # samples
         self.speaking = None                          # the id of the item that is being said
         detection = self.settings["audio"]["input"]["turn_detection"]
         if detection:
@@ -265,7 +272,7 @@ class Session:
         self.frames = np.concatenate([self.frames, wav])
         while len(self.frames) >= FRAME and self.vad:
             found = self.vad(self.frames[:FRAME]) or {}
-            self.frames, self.clock = self.frames[FRAME:], self.clock + FRAME
+            self.frames, self.looked_at = self.frames[FRAME:], self.looked_at + FRAME
             padding = round(settings["prefix_padding_ms"] * SAMPLE_RATE / 1000)
             too_long = self.speaking and self.held > self.max_seconds * SAMPLE_RATE
             if "start" in found and not self.speaking:
@@ -273,19 +280,29 @@ class Session:
                 start = max(0, found["start"] - padding)
                 self.send("input_audio_buffer.speech_started", item_id=self.speaking,
                           audio_start_ms=1000 * start // SAMPLE_RATE)
-                if self.response and settings["interrupt_response"]:
-                    self.end_response("cancelled", "turn_detected")
+                if settings["interrupt_response"]:
+                    self.interrupt()
             elif ("end" in found or too_long) and self.speaking:
                 item, self.speaking = self.speaking, None
                 self.send("input_audio_buffer.speech_stopped", item_id=item,
-                          audio_end_ms=1000 * self.clock // SAMPLE_RATE)
+                          audio_end_ms=1000 * self.looked_at // SAMPLE_RATE)
                 self.commit({}, item)
                 if settings["create_response"] and not self.response:
                     self.create_response({})
-            elif not self.speaking:                   # keep only what may turn out to be its beginning
+            elif self.pieces and not self.speaking:   # keep only what may turn out to be its beginning
                 keep = padding + FRAME + len(self.frames) + SAMPLE_RATE // 4
                 whole = np.concatenate(self.pieces)[-keep:]
                 self.pieces, self.held = [whole], len(whole)
+
+    def interrupt(self):
+        """The user speaks. What the client cannot have played yet of a reply was not said; replies come
+        faster than they are played, so it may be complete."""
+        if self.response:
+            self.end_response("cancelled", "turn_detected")
+        name, began = self.playing
+        end = round(1000 * (self.clock() - began))
+        if end < self.milliseconds.get(name, 0) and any(item["id"] == name for item, _ in self.items):
+            self.truncate_item({"item_id": name, "audio_end_ms": end})
 
     def commit(self, event, item_id=None):
         self.pieces.append(self.resampler.resample_chunk(np.zeros(0, np.float32), last=True))
@@ -485,6 +502,8 @@ class Session:
             self.response["text"] += x
             self.send(f"response.{spoken}.delta", **self.place(), delta=x)
         elif kind == "audio":
+            if not self.response["samples"]:
+                self.playing = self.response["item"]["id"], self.clock()
             self.response["samples"] += len(x)
             self.send("response.output_audio.delta", **self.place(), delta=base64_of(x))
         elif kind == "note":

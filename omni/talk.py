@@ -59,7 +59,7 @@ class Talker(threading.Thread):
         super().__init__(daemon=True, name="talker")
         self.omni, self.tokenizer, self.prompt, self.codec = omni, tokenizer, prompt, codec
         self.engine = Engine(omni, rows, max_tokens=max_tokens, max_units=max_units)
-        self.threads = threads or torch.get_num_threads()
+        self.threads, self.closed = threads or torch.get_num_threads(), False
         self.orders, self.questions = queue.SimpleQueue(), {}
         self.first_audio, self.factors = [], []       # of the last replies: seconds, real-time factors
         self.start()
@@ -98,8 +98,8 @@ class Talker(threading.Thread):
 
     def run(self):
         torch.set_num_threads(self.threads)           # of this thread
-        while (question := self.orders.get()) is not None:                   # sleep until somebody asks
-            self.obey(question)
+        while not self.closed:
+            self.obey(self.orders.get())              # sleep until somebody asks
             try:
                 for reply, kind, x in self.engine.stream():
                     self.tell(reply, kind, x)
@@ -114,6 +114,9 @@ class Talker(threading.Thread):
                 self.engine.cached = [[] for _ in self.engine.cached]         # half of it may not be there
 
     def obey(self, question):
+        if question is None:
+            self.closed = True
+            return
         if question.cancelled:
             if question.reply in self.questions:
                 del self.questions[question.reply]

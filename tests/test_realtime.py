@@ -33,9 +33,9 @@ class Client:
     """A session, what it has sent, and a model that says what the test wants it to say."""
 
     def __init__(self, vad=None, read_aloud=None):
-        self.events, self.asked, self.cancelled = [], [], []
+        self.events, self.asked, self.cancelled, self.now = [], [], [], 0.0
         self.session = Session(self.events.append, torch.from_numpy, self.ask, self.cancelled.append, "nano",
-                               read_aloud, vad, max_seconds=2)
+                               read_aloud, vad, max_seconds=2, clock=lambda: self.now)
 
     def ask(self, *question):
         self.asked.append(question)
@@ -164,6 +164,35 @@ def test_a_spoken_question_is_found_and_interrupts():
         assert 0.9 < len(heard) / SAMPLE_RATE / (len(wav) / RATE) < 1.8       # with 0.3 s before, 0.5 s after
         assert abs(client.events[before]["audio_start_ms"] - (700 + turn * (2000 + len(wav) / 24))) < 200
     assert client.cancelled == [1]
+    for event in client.events:
+        SERVER_EVENTS[event["type"]].model_validate(event)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("seconds, remembered", [(1.0, "one two"), (3.0, "one two three four")])
+def test_who_interrupts_has_heard_the_beginning(seconds, remembered, complete):
+    """Two seconds of sound are there at once; the user speaks `seconds` later. The conversation remembers
+    what can have been played till then, whether the reply was complete or is cancelled."""
+    found = []
+    client = Client(vad=lambda threshold, silence_ms: lambda frame: found.pop() if found else None)
+    client.say()
+    client.send("input_audio_buffer.commit")
+    client.send("response.create")
+    client.reply("text", "one two three four")
+    client.reply("audio", np.zeros(2 * RATE))
+    if complete:
+        client.reply("done", {"prompt": 1, "text": 4, "units": 50})
+    client.now += seconds
+    found.append({"start": 0})
+    before = len(client.events)
+    client.say()
+    ended = [] if complete else END
+    truncated = ["conversation.item.truncated"] if seconds < 2 else []
+    assert client.new(before) == ["input_audio_buffer.speech_started", *ended, *truncated]
+    assert not truncated or client.events[-1]["audio_end_ms"] == 1000
+    found.append({"end": 0})
+    client.say()
+    assert client.asked[1][1] == [remembered]
     for event in client.events:
         SERVER_EVENTS[event["type"]].model_validate(event)
 

@@ -294,7 +294,8 @@ def test_a_client_that_never_reads_is_cut_off(server):
 
 
 def test_only_so_many_sessions(tiny):
-    """The third of two is told so, and may come when one has left. Who is silent too long is sent away."""
+    """The third of two is told so, and may come when one has left. Who is silent too long is sent away, also
+    if a microphone is open."""
     made = Server(tiny, sessions=2, per_client=2, idle=0.5)
 
     async def talk():
@@ -308,6 +309,12 @@ def test_only_so_many_sessions(tiny):
                 await asyncio.wait_for(first.recv(), 5)
             with pytest.raises(websockets.ConnectionClosed):
                 await asyncio.wait_for(second.recv(), 5)
+        async with made.connect() as open_microphone:
+            with pytest.raises(websockets.ConnectionClosed):
+                for _ in range(500):                  # at most 10 s of a room in which nobody speaks
+                    await open_microphone.send(json.dumps(
+                        {"type": "input_audio_buffer.append", "audio": base64_of(np.zeros(480))}))
+                    await asyncio.sleep(0.02)
         async with made.connect() as fourth:
             assert json.loads(await fourth.recv())["type"] == "session.created"
     asyncio.run(talk())
