@@ -1,17 +1,21 @@
 """
 How fast, how much memory: the README's figures of speed and size come from here, for anybody to make again.
 
-How: python bench.py                      everything except the profile
+How: python bench.py                      everything except serve and the profile
      python bench.py --what sizes         parameters of each part and memory of each stage, by arithmetic
      python bench.py --what latency       a reply, streamed: first sound, time per unit, many at once; against
                                           a decoder that works as the official one does
      python bench.py --what stream        cost of the 50th chunk of a spoken reply against the 2nd
+     python bench.py --what serve         serve.py with --ckpt: first sound in a browser, conversations at
+                                          once, interruption; wants playwright and chromium for the first
      python bench.py --what data          seconds and memory that data.py takes for the released JSON
      python bench.py --what train         tokens/s, memory and MFU in training, against a trainer that pads
      python bench.py --what loss          memory of the loss over Qwen2.5's vocabulary, whole and in pieces
      python bench.py --what profile       the most expensive operations of a few steps, and a trace of them
 The last line is JSON with all figures. The trace is for ui.perfetto.dev.
 """
+import asyncio
+import contextlib
 import json
 import math
 import multiprocessing
@@ -19,11 +23,14 @@ import os
 import queue
 import random
 import resource
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -33,8 +40,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import soxr
 import torch
 import torch.nn.functional as F
+import websockets
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from whisper.model import AudioEncoder
@@ -48,6 +57,8 @@ from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
 from omni.engine import Engine, quicken
+from omni.espeak import speak
+from omni.realtime import RATE, base64_of
 from omni.talk import Talker
 
 # Qwen2.5: width, layers, heads, key-value heads, MLP, vocabulary, are head and table one tensor?
@@ -56,17 +67,19 @@ QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2,
          "14B": (5120, 48, 40, 8, 13824, 152064, False)}
 QWEN2_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "intermediate_size", "vocab_size", "tie_word_embeddings")
-BENCHES = ("sizes", "latency", "stream", "data", "train", "loss", "profile")
+BENCHES = ("sizes", "latency", "stream", "data", "train", "loss", "serve", "profile")
 WARM = 2                              # training steps before the clock starts, since the first are slower
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = BENCHES[:-1]                # which benches to run
+    what: tuple[str, ...] = BENCHES[:-2]                # which benches to run
     sizes: tuple[str, ...] = ()                         # tiny, 0.5B ..., latency: mid; none: what fits here
     codec: str = "tests/data/cosyvoice2_decoder"        # stream: a folder with flow.pt and hift.pt
     head_dim: int = 8                                   # stream: head size of that flow; 64 in the release
     chunk: int = 10                                     # stream: units in a chunk
+    ckpt: str = "out/tiny_stage2"                       # serve: a checkpoint of the embedded world
+    turns: int = 100                                    # serve: questions in the browser
     dialogues: tuple[int, ...] = (1000, 4000, 16000)    # data: sizes of the made-up corpora
     stage: str = "stage1"                               # profile: which stage
     steps: int = 3                                      # profile: how many steps
@@ -839,6 +852,142 @@ def bench_loss(cfg):
     return {"whole_GB": whole / 1e9, "pieces_GB": pieces / 1e9, "whole_s": whole_s, "pieces_s": pieces_s}
 
 
+# ------------------------------------------------------------------------------------------------------ serve
+
+def spoken_question():
+    """A question of the embedded world, (samples,) at 16 kHz."""
+    return speak("What is the capital of France?", "en-us+m3:160:50").astype(np.float32)
+
+
+def bench_browser(address, turns):
+    """(turns, 2): milliseconds from letting go of the button to the first text, and to the first sound that
+    leaves the player, in a real chromium whose microphone is a file. Each question interrupts the reply
+    before it; every tenth begins a new conversation."""
+    from playwright.sync_api import sync_playwright
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file, sync_playwright() as driver:
+        file.write(wav_bytes(np.tile(spoken_question(), 200)))
+        file.flush()
+        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required",
+                 "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+                 f"--use-file-for-fake-audio-capture={file.name}"]
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("[data-state=ready]")
+        times = []
+        for turn in range(turns + 1):
+            if turn % 10 == 1:
+                page.click("#new")
+                page.wait_for_selector("[data-state=ready]")
+            page.hover("#talk")
+            page.mouse.down()
+            page.wait_for_selector("[data-state=recording]")
+            page.wait_for_timeout(1000)
+            page.mouse.up()
+            last = "nanoOmni.turns().at(-1)?.times"
+            page.wait_for_function(f"{last}?.first_audio_ms != null")
+            times.append(page.evaluate(f"[{last}.first_text_ms, {last}.first_audio_ms]"))
+        browser.close()
+    return np.array(times, float)[1:]                 # the first opens the microphone
+
+
+async def hold(address, wav, turns):
+    """A conversation over the network: for each reply its first audio in ms, and how often playback, had it
+    begun with the first piece, would have waited."""
+    first, stalls = [], 0
+    async with websockets.connect(address, max_size=None) as socket:
+        async def send(kind, **fields):
+            await socket.send(json.dumps({"type": kind, **fields}))
+        await send("session.update", session={"audio": {"input": {"turn_detection": None}}})
+        for _ in range(turns):
+            await send("input_audio_buffer.append", audio=base64_of(wav))
+            await send("input_audio_buffer.commit")
+            await send("response.create")
+            asked, until, event = time.perf_counter(), None, {"type": ""}
+            while event["type"] != "response.done":
+                event = json.loads(await socket.recv())
+                if event["type"] == "response.output_audio.delta":
+                    now = time.perf_counter()
+                    if until is None:
+                        first.append(1000 * (now - asked))
+                    elif now > until:
+                        stalls += 1
+                    until = max(until or now, now) + len(event["delta"]) * 3 / 8 / RATE
+            await asyncio.sleep(max(0, until - time.perf_counter()) if until else 0)       # it is played
+    return first, stalls
+
+
+async def interrupt(address, wav):
+    """Milliseconds from the first sample of speech during a reply to the event that silences it. Sound comes
+    as fast as a microphone brings it."""
+    async with websockets.connect(address, max_size=None) as socket:
+        async def hear(kind):
+            while json.loads(await socket.recv())["type"] != kind:
+                pass
+
+        async def say(wav):
+            start = time.perf_counter()
+            for at in range(0, len(wav), RATE // 50):
+                event = {"type": "input_audio_buffer.append", "audio": base64_of(wav[at:at + RATE // 50])}
+                await asyncio.sleep(start + (at + RATE // 50) / RATE - time.perf_counter())
+                await socket.send(json.dumps(event))
+        waiting = asyncio.create_task(hear("response.output_audio.delta"))
+        await say(np.concatenate([np.zeros(RATE // 2, np.float32), wav, np.zeros(RATE, np.float32)]))
+        await waiting
+        start, waiting = time.perf_counter(), asyncio.create_task(hear("input_audio_buffer.speech_started"))
+        talking = asyncio.create_task(say(wav))
+        await waiting
+        silent = 1000 * (time.perf_counter() - start)
+        await talking
+        return silent
+
+
+def bench_serve(cfg):
+    """serve.py as its clients see it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "serve.py", "--ckpt", cfg.ckpt, "--port", str(port), "--rows", "16"]
+    server, result = subprocess.Popen(command, stdout=subprocess.DEVNULL), {}
+    page, address = f"http://127.0.0.1:{port}/", f"ws://127.0.0.1:{port}/v1/realtime"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(page + "healthz").close()
+                break
+            if server.poll() is not None:
+                fail(f"serve: serve.py --ckpt {cfg.ckpt} does not start")
+            time.sleep(0.1)
+        wav = soxr.resample(spoken_question(), SAMPLE_RATE, RATE)
+
+        async def many(count):
+            return await asyncio.gather(*(hold(address, wav, 5) for _ in range(count)))
+        for count in (1, 8, 16):
+            held = asyncio.run(many(count))
+            first, stalls = np.concatenate([first for first, _ in held]), sum(stalls for _, stalls in held)
+            median, late = np.quantile(first, [0.5, 0.95])
+            result[f"{count} conversations"] = [median, late, stalls]
+            print(f"serve: {count} conversations of 5 turns: first audio {median:.0f} ms, "
+                  f"95 % {late:.0f} ms; {stalls} stalls")
+        silent = [asyncio.run(interrupt(address, wav)) for _ in range(10)]
+        result["interruption_ms"] = np.quantile(silent, [0.5, 0.95]).tolist()
+        print("serve: from the first sample of speech to the reply's end: {:.0f} ms, 95 % {:.0f} ms".format(
+            *result["interruption_ms"]))
+        try:
+            times = bench_browser(page, cfg.turns)
+        except ImportError:
+            print("serve: no browser: pip install playwright, apt install chromium")
+        else:
+            for name, column in zip(("first text", "first sound"), times.T):
+                median, late = result[f"browser, {name}"] = np.quantile(column, [0.5, 0.95]).tolist()
+                print(f"serve: {len(times)} turns in a browser, from letting go to the {name}: "
+                      f"{median:.0f} ms, 95 % {late:.0f} ms")
+    finally:
+        server.terminate()
+        server.wait()
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- profile
 
 def bench_profile(cfg):
@@ -864,7 +1013,8 @@ def bench_profile(cfg):
 
 def main():
     cfg = configure(BenchConfig)
-    functions = bench_sizes, bench_latency, bench_stream, bench_data, bench_train, bench_loss, bench_profile
+    functions = (bench_sizes, bench_latency, bench_stream, bench_data, bench_train, bench_loss, bench_serve,
+                 bench_profile)
     benches = dict(zip(BENCHES, functions))
     print(json.dumps({what: benches[what](cfg) for what in cfg.what}))
 
