@@ -520,6 +520,7 @@ class Session:
         response, place, text = self.response, self.place(), self.response["text"]
         if status == "cancelled":
             self.cancel_question(response["question"])
+        del response["question"]                      # it holds clips, and by its listener this response
         if response["speak"]:
             self.send("response.output_audio.done", **place)
             self.send("response.output_audio_transcript.done", **place, transcript=text)

@@ -321,10 +321,10 @@ def random_event(rng, client):
         {"type": rng.choice(["", "nothing", "response.done"])}, rng.choice([None, [], 7, {}])])
 
 
-@settings(max_examples=1000, deadline=None, database=None, derandomize=True)
+@settings(max_examples=10000, deadline=None, database=None, derandomize=True)
 @given(st.integers(0, 2 ** 32), st.integers(1, 40))
 def test_the_order_holds_whatever_happens(seed, length):
-    """A thousand sequences of up to forty events from a client that does anything, while the model answers,
+    """Ten thousand sequences of up to forty events from a client that does anything, while the model answers,
     fails, or says more of what was cancelled."""
     rng = random.Random(seed)
     client = Client(read_aloud=lambda text: np.zeros(1600 * len(text), np.float32))

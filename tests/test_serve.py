@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import openai
+import psutil
 import pytest
 import soundfile
 import torch
@@ -291,6 +292,23 @@ def test_a_client_that_never_reads_is_cut_off(server):
                 await asyncio.sleep(0.05)
             raise AssertionError("it is still there")
     asyncio.run(talk())
+
+
+def test_a_thousand_turns_in_a_row(server, monkeypatch):
+    """One conversation: memory grows until it forgets its beginning, and from then on not by a twentieth."""
+    monkeypatch.setattr("omni.realtime.KEPT", 32)
+    monkeypatch.setattr(server.talker.engine, "max_units", 10)
+    monkeypatch.setattr(server.talker.engine, "max_tokens", 3)
+    held = []
+
+    async def talk():
+        async with server.client().realtime.connect(model="nano") as connection:
+            for turn in range(1000):
+                assert (await one_reply(connection))[-1].type == "response.done"
+                if turn % 100 == 99:
+                    held.append(psutil.Process().memory_info().rss)
+    asyncio.run(talk())
+    assert max(held[5:]) < 1.05 * held[4] and server.idle()
 
 
 def test_only_so_many_sessions(tiny):
