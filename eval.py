@@ -1,255 +1,219 @@
 """
-How good is a checkpoint? It answers held-out questions in unseen voices, and we judge the replies.
+How good is a checkpoint? It answers held-out questions, and we judge the replies.
 
 Why: a loss says little about a conversation. As in the paper (section 4.2) we measure the accuracy of the
-text, the accuracy of the speech, and the word error rate between the two.
-    exact        the text of the reply is exactly right, of the questions that this world can answer
+text, the accuracy of the speech, and the word error rate between the two; every figure with the interval in
+which 95 % of repetitions with other questions of the same kind would fall.
+    s2t, s2s     the reply is right by the set's own rule: its text; what a recognizer hears in its speech
+    wer          what the recognizer hears against the text of the reply
+    typed_before, typed_after   s2t of the text model that training started from, and of this one, both
+                 reading the questions: did learning to hear cost language?
+    first audio, real-time factor, stalls, limits: of replies that are made --batch at a time
+The embedded world's own set, "tiny", has dialogues and more figures:
+    exact        the text is exactly right, of the questions that this world can answer
     caught       of what it cannot understand (other questions, languages, sounds), how much it says so to
     refused      of the good questions, how many it says so to
-    S2T, S2S     the answer occurs in the text; in what a recognizer hears in the spoken reply
-    exact_typed  exact, for the text model that training started from, which reads the questions instead
-    WER          what the recognizer hears against the text of the reply. The recognizer makes errors too,
-                 so the original synthesizer's speech of the same texts is judged as well. The difference,
-                 or excess, is ours. It is also given for the replies that no training dialogue holds.
-    stress       of the exact replies in which one word answers the question, how many stress that word: the
-                 speech is compared with espeak-ng's in which this word, or another one, is stressed. Often it
-                 is the last word; stress_not_last is of the other replies
-The recognizer is independent of everything that was trained here: pocketsphinx with its own acoustic model.
-It is told only which words exist, once with a bigram model of the corpus's replies and once with all words
-equally likely (the word loop).
-
-The embedded world's corpus is compared with tiny/qwen2 and espeak-ng. For any other corpus, name the text
-model with --llm; the figures of the original synthesizer are left out.
+    excess       the recognizer errs too, so the original synthesizer's speech of the same texts is judged as
+                 well; the difference is ours. Also for the replies that no training dialogue holds
+    stress       of the exact replies in which one word answers the question, how many stress that word; often
+                 it is the last one, and stress_not_last is of the others
+Its recognizer is told only which words exist, once with bigrams of the corpus's replies and once with all
+words equally likely (the word loop).
 
 How: python eval.py --ckpt out/tiny_stage2
-This prints a table and writes eval.json, the first dialogues as sound files, and gallery.md, which lists
-what was asked, answered and heard.
+     python eval.py --ckpt out/stage2 --set llama-questions --codec cosy2_decoder
+     python eval.py --ckpt out/stage2 --set voicebench/openbookqa --path folder
+     python eval.py --compare out/eval_a,out/eval_b
+omni/sets.py lists the sets. The folder gets results.json, report.md, report.html (every reply, with its
+sound, the worst first), gallery.md and pictures. Several processes share the questions (accelerate launch
+eval.py). What is answered is kept: the same command after a kill goes on, and gives the same figures.
 """
-import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
-import re
-import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from time import perf_counter
 
 import accelerate
-import jiwer
 import librosa
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
-from whisper.normalizers import EnglishTextNormalizer
 
+import omni.report as report
 from data import chat_ids, clips
 from omni import checkpoint
-from omni.audio import MIN_SECONDS, SAMPLE_RATE, log_mel
+from omni.audio import SAMPLE_RATE, log_mel
 from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
+from omni.critic import scores
 from omni.engine import Engine, quicken
-from omni.espeak import speak
-from omni.files import read_json, replace_file
+from omni.files import Lines, read_json, replace_file, sha256
+from omni.recognize import by_sphinx, by_whisper, language_model
+from omni.score import difference, errors, interval, is_right, ratio
+from omni.sets import published, read_set, write_forms
 
-JUDGES = {"bigram": True, "word_loop": False}         # language models of the recognizer: bigrams or not
-normalize = EnglishTextNormalizer()                   # "It's twelve." -> "it is 12"
+JUDGES = {"bigram": True, "word_loop": False}         # the embedded world's recognizer: bigrams or not
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    ckpt: str = "out/tiny_stage2"      # a run's folder or a checkpoint
-    corpus: str = "corpus/tiny"        # where the questions come from
-    split: str = "test"                # which split; take validation while you tune
-    dialogues: int = 200               # how many dialogues of it
-    topics: tuple[str, ...] = ()       # judge only turns of these topics, in dialogues that have some
+    ckpt: str = "out/tiny_stage2"      # a run's folder, a checkpoint, or hf:owner/name on the hub
+    set: str = "tiny"                  # which questions, see omni/sets.py
+    path: str | None = None            # where they are; none: on the hub
+    corpus: str = "corpus/tiny"        # set tiny: the corpus whose dialogues are held ...
+    split: str = "test"                # ... and which split; take validation while you tune
+    dialogues: int = 0                 # how many; 0: 200 of the set tiny, all of another
+    topics: tuple[str, ...] = ()       # set tiny: judge only turns of these, in dialogues that have some
     codec: str = "tiny/codec.pt"       # units -> waveform: a file, or CosyVoice 2's folder
     voice: str | None = None           # CosyVoice 2: whose voice, see sample.py
-    llm: str | None = None             # the text model that training started from; none: see above
-    out: str = "out/tiny_eval"         # folder for eval.json, the gallery and the picture
+    recognizer: str = ""               # pocketsphinx, or whisper:NAME_OR_FILE; none: pocketsphinx for tiny,
+                                       # whisper:large-v3 for others
+    llm: str | None = None             # text model that training started from; none: tiny/qwen2 for tiny
+    utmos: str | None = None           # the TorchScript file of UTMOS, which rates naturalness
+    judge: str | None = None           # address of an OpenAI-compatible endpoint that scores 1 to 5 ...
+    judge_model: str = "gpt-4o"        # ... and its model
+    out: str = "out/tiny_eval"         # folder for all that is written
+    compare: tuple[str, ...] = ()      # two such folders: print how the second differs from the first
     runs: tuple[str, ...] = ()         # runs of the stages: draw their losses and a reply into demo.png
     keep: int = 6                      # how many dialogues go into the gallery
     text: bool = False                 # judge only the text, for a checkpoint of stage 1
+    max_tokens: int = 128              # longest text
     max_units: int = 1024              # longest speech, in units of 40 ms
-    temperature: float = 0.3           # of the units
+    temperature: float = 0.3           # of the units; 0 is greedy
     top_p: float = 1.0                 # of the units
     repeats: float = 0.0               # of the units, see sample.py
     batch: int = 16                    # dialogues that are held at once
     seed: int = 1337                   # of the sampling
 
     def __post_init__(self):
-        if self.dialogues < 1 or self.batch < 1:
-            raise ValueError("dialogues and batch must be at least 1")
-        if self.keep < 0:
-            raise ValueError("keep must be 0 or more")
+        if self.dialogues < 0 or self.batch < 1 or self.keep < 0:
+            raise ValueError("dialogues and keep must be 0 or more, batch at least 1")
+        if len(self.compare) not in (0, 2):
+            raise ValueError("compare takes two folders, as in --compare out/a,out/b")
+        if self.recognizer.partition(":")[0] not in ("", "pocketsphinx", "whisper"):
+            raise ValueError(f"recognizer {self.recognizer} is neither pocketsphinx nor whisper:NAME_OR_FILE")
 
 
-# ------------------------------------------------------------------------------------------------------ words
+# -------------------------------------------------------------------------------------------------- questions
 
-def word_error_rate(references, hypotheses):
-    """Word errors (substitutions, insertions, deletions) per reference word, over pairs of texts.
-
-    Both sides pass Whisper's English normalizer, so punctuation, contractions and spelling do not count. It
-    writes numbers as digits, and a row of them as one word: "ten, nine, eight" becomes "1098".
-    """
-    return jiwer.wer([normalize(text) for text in references], [normalize(text) for text in hypotheses])
-
-
-def words(text):
-    """A text as lower-case words without punctuation, as pocketsphinx's dictionary spells them."""
-    return re.sub(r"[^a-z' ]", " ", text.lower()).split()
-
-
-def occurs(answer, text):
-    """Do the words of the answer occur in the text, in a row?
-
-    Whisper's normalizer would find "twelve" in "one, two", and would not find "nine" in "ten, nine, eight".
-    """
-    answer, text = words(answer), words(text)
-    return bool(answer) and f" {' '.join(answer)} " in f" {' '.join(text)} "
+def read_questions(cfg):
+    """(rows in the form of a corpus, the rule by which a reply is right). Raises ValueError."""
+    if cfg.set != "tiny":
+        return read_set(cfg.set, cfg.path, cfg.dialogues)
+    rows = load_corpus(cfg.corpus, cfg.split)
+    if cfg.topics:
+        wanted = set(cfg.topics)
+        rows = rows.select([i for i, topics in enumerate(rows["topics"]) if wanted & set(topics)])
+        if not len(rows):
+            raise ValueError(f"--topics {','.join(cfg.topics)}: no dialogue of {cfg.corpus} has such a turn")
+    return list(rows.select(range(min(cfg.dialogues or 200, len(rows))))), "world"
 
 
-# ------------------------------------------------------------------------------------------------- recognizer
-
-def language_model(texts, bigram, discount=0.5):
-    """The words of some texts as a language model for pocketsphinx, in ARPA format.
-
-    bigram   True: bigrams with absolute discounting; False: all words equally likely
-    """
-    sentences = [["<s>", *words(text), "</s>"] for text in texts]
-    count = Counter(word for sentence in sentences for word in sentence)
-    pairs = Counter(pair for sentence in sentences for pair in zip(sentence, sentence[1:]))
-    total = sum(count.values())
-    p = {word: n / total if bigram else 1 / len(count) for word, n in count.items()}
-    followed = Counter()                              # how often each word has a successor,
-    kinds = Counter()                                 # how many different ones,
-    known = Counter()                                 # and the mass of those: backing off gets the rest
-    for (first, second), n in pairs.items():
-        followed[first] += n
-        kinds[first] += 1
-        known[first] += p[second]
-
-    counts, unigrams, bigrams = [f"ngram 1={len(count)}"], [], []
-    for word in sorted(count):
-        log_p = -99 if word == "<s>" else math.log10(p[word])
-        line = f"{log_p:.4f} {word}"
-        if bigram and followed[word]:
-            freed = discount * kinds[word] / followed[word]
-            line += f" {math.log10(freed / max(1e-6, 1 - known[word])):.4f}"
-        unigrams.append(line)
-    if bigram:
-        counts.append(f"ngram 2={len(pairs)}")
-        bigrams += ["", "\\2-grams:"]
-        for (first, second), n in sorted(pairs.items()):
-            bigrams.append(f"{math.log10((n - discount) / followed[first]):.4f} {first} {second}")
-    return "\n".join(["\\data\\", *counts, "", "\\1-grams:", *unigrams, *bigrams, "", "\\end\\", ""])
+def turn_of(row, d, t):
+    """What is known of a turn before it is answered."""
+    answer = row["answers"][t]
+    return {"id": row["id"], "dialogue": d, "turn": t, "category": row["topics"][t] or "all",
+            "question": row["users"][t], "reference": row["replies"][t],
+            "spoken": (row.get("spoken") or row["replies"])[t],            # older corpora have none
+            "references": row.get("references") or ([answer] if answer else []), "text": "", "units": [],
+            "notes": [], "error": row.get("error"), "sound": None}
 
 
-@functools.cache
-def recognizer(arpa):
-    """A pocketsphinx decoder. It normalizes each clip by itself, so their order does not matter."""
-    from pocketsphinx import Decoder, get_model_path
-    with tempfile.NamedTemporaryFile("w", suffix=".arpa") as file:
-        file.write(arpa)
-        file.flush()
-        return Decoder(hmm=get_model_path("en-us/en-us"), dict=get_model_path("en-us/cmudict-en-us.dict"),
-                       lm=file.name, cmn="batch", loglevel="FATAL")
-
-
-def transcribe(job):
-    """(wav (samples,) at 16 kHz, ARPA language model) -> the text that pocketsphinx hears.
-
-    The clip gets noise at -60 dB, a quiet room: the digital silence of a synthesizer doubles the errors.
-    """
-    wav, arpa = job
-    decoder = recognizer(arpa)
-    room = np.random.default_rng(0).normal(0, 1e-3, len(wav) + 6400)       # 0.2 s before and after the clip
-    room[3200:-3200] += wav
-    pcm = (np.clip(room, -1, 1) * 32767).astype(np.int16)
-    decoder.start_utt()
-    decoder.process_raw(pcm.tobytes(), full_utt=True)
-    decoder.end_utt()
-    heard = decoder.hyp()
-    return heard.hypstr if heard else ""
-
-
-def transcribe_all(pool, wavs, arpa):
-    """Clips (samples,) at 16 kHz -> the texts that pocketsphinx hears, on all processes of the pool."""
-    texts = pool.imap(transcribe, [(wav, arpa) for wav in wavs], chunksize=8)
-    return list(tqdm(texts, total=len(wavs), desc="transcribing", leave=False))
-
-
-def synthesize(text, voice):
-    """espeak-ng's speech of a text, (samples,) at 16 kHz; no samples if the text holds nothing to say."""
-    if not any(character.isalnum() for character in text):
-        return np.zeros(0, np.float32)
-    return speak(text, voice)
-
-
-# ---------------------------------------------------------------------------------------------------- answers
-
-def answer_all(omni, tokenizer, codec, rows, cfg):
-    """Hold each dialogue with the model, several at once: it hears the user's turns and remembers its own
+def answer_all(omni, tokenizer, codec, rows, numbers, cfg):
+    """Hold dialogues with the model, several at once: it hears the user's turns and remembers its own
     replies. A reply does not depend on the others that are made beside it.
 
-    rows     dialogues of a corpus;  codec: None for text only
-    Returns  a dict for each turn, whose "wav" (samples,) has the codec's rate; and the values of the fusion
-             gate, 0 to 1: how much of each row comes from the LLM. Without speech there are none.
+    numbers  which of the rows;  codec: None for text only
+    Yields   as dialogues end (number, [turn, ...], what the fusion gate did since: how many values, their
+             sum, the sum of their squares); a turn's "wav" (samples,) has the codec's rate
     """
-    engine = Engine(omni, cfg.batch, max_units=cfg.max_units, top_p=cfg.top_p, repeats=cfg.repeats)
-    n_mels = omni.model.speech_encoder.n_mels
-    turns, gates = [], [torch.zeros(0)]
+    engine = Engine(omni, cfg.batch, cfg.max_tokens, cfg.max_units, top_p=cfg.top_p, repeats=cfg.repeats)
+    n_mels, gate = omni.model.speech_encoder.n_mels, torch.zeros(3, dtype=torch.float64)
+    asked, held, broken = {}, {}, []
 
-    def keep_gate(module, inputs, gate):
-        gates.append(gate.float().flatten().cpu())
+    def keep_gate(module, inputs, values):
+        values = values.double().cpu()
+        gate.add_(torch.stack([torch.tensor(values.numel()).double(), values.sum(), (values ** 2).sum()]))
 
-    def ask(d, replies):
-        """The next turn of dialogue d, in which the model has said `replies`."""
-        t = len(replies)
-        mels = [log_mel(clip, n_mels, omni.pad_audio) for clip in clips(rows[d])[:t + 1]]
-        reply = engine.submit(chat_ids(tokenizer, replies), mels, speak=codec is not None,
-                              temperature=cfg.temperature, seed=100000 * cfg.seed + 100 * d + t)
-        asked[reply] = d, replies, []
+    def ask(d):
+        """The next turn of dialogue d -> was it asked?"""
+        row, t = rows[d], len(held[d])
+        turn = turn_of(row, d, t)
+        held[d].append(turn)
+        try:
+            if turn["error"]:
+                return False
+            mels = [log_mel(clip, n_mels, omni.pad_audio) for clip in clips(row)[:t + 1]]
+            replies = [turn["text"] for turn in held[d][:-1]]
+            reply = engine.submit(chat_ids(tokenizer, replies), mels, speak=codec is not None,
+                                  temperature=cfg.temperature, seed=100000 * cfg.seed + 100 * d + t)
+        except (OSError, ValueError, RuntimeError) as e:
+            turn["error"] = str(e).splitlines()[0]
+            return False
+        asked[reply] = turn, {}, [], perf_counter()
+        return True
 
-    asked, left = {}, iter(tqdm(range(len(rows)), desc="answering", unit="dialogue"))
-    for d in itertools.islice(left, cfg.batch):
-        ask(d, [])
+    def begin():
+        """Ask the first question of the next dialogue that can be asked."""
+        for d in left:
+            held[d] = []
+            if ask(d):
+                return
+            broken.append(d)
+
+    left = iter(tqdm(numbers, desc="answering", unit="dialogue"))
+    for _ in range(cfg.batch):
+        begin()
     hook = omni.speech_generator.gate.register_forward_hook(keep_gate)
     for reply, kind, x in engine.stream():
-        d, replies, notes = asked[reply]
+        turn, state, pieces, start = asked[reply]
         if kind == "note":
-            notes.append(x)
+            turn["notes"].append(x)
+        if kind == "units" or kind == "done" and reply.units:
+            wav = codec.next_piece(state, x or [], final=kind == "done").cpu().numpy()
+            pieces.append((wav, perf_counter() - start))
         if kind != "done":
             continue
         del asked[reply]
-        row, t, text = rows[d], len(replies), tokenizer.decode(reply.text)
-        wav = np.zeros(0, np.float32)
-        if reply.units:
-            wav = codec.decode(torch.tensor(reply.units)).cpu().numpy()
-        turns.append({"id": row["id"], "dialogue": d, "turn": t, "topic": row["topics"][t],
-                      "question": row["users"][t], "reference": row["replies"][t],
-                      "spoken": row.get("spoken", row["replies"])[t],        # older corpora have none
-                      "answer": row["answers"][t], "text": text, "notes": notes, "wav": wav})
-        if t + 1 < len(row["users"]):
-            ask(d, [*replies, text])
-        else:
-            for other in itertools.islice(left, 1):
-                ask(other, [])
+        d = turn["dialogue"]
+        turn |= {"text": tokenizer.decode(reply.text), "units": reply.units,
+                 "seconds": perf_counter() - start,
+                 "wav": np.concatenate([piece for piece, _ in pieces] or [np.zeros(0, np.float32)])}
+        if len(turn["wav"]):
+            turn |= pace(pieces, codec.sample_rate)
+        if len(held[d]) < len(rows[d]["users"]) and ask(d):
+            continue
+        yield d, held.pop(d), gate.tolist()
+        gate.zero_()
+        begin()
     hook.remove()
-    return sorted(turns, key=lambda turn: (turn["dialogue"], turn["turn"])), torch.cat(gates)
+    for d in broken:
+        yield d, held.pop(d), gate.tolist()
+
+
+def pace(pieces, rate):
+    """[(samples, seconds after the question)] -> first_audio in s, how often playback waits if it begins
+    then, and seconds of sound."""
+    pieces = [(len(wav) / rate, came) for wav, came in pieces if len(wav)]
+    until, stalls = pieces[0][1], 0
+    for seconds, came in pieces:
+        stalls += came > until
+        until = max(until, came) + seconds
+    return {"first_audio": pieces[0][1], "stalls": stalls, "duration": sum(seconds for seconds, _ in pieces)}
 
 
 @torch.inference_mode()
-def exact_typed(model, tokenizer, rows, batch=64):
-    """For each turn of some dialogues: does a text model that reads the question reply exactly right? It
-    remembers its own replies."""
+def typed_replies(model, tokenizer, rows, batch=64):
+    """What a text model replies that reads the questions and remembers its own replies: for each turn of the
+    dialogues, a text."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    chats, right = [[] for _ in rows], [[] for _ in rows]
+    chats, texts = [[] for _ in rows], [[] for _ in rows]
     tokenizer.padding_side = "left"
     for t in tqdm(range(max(len(row["users"]) for row in rows)), desc="typing", unit="turn", leave=False):
         asked = [d for d, row in enumerate(rows) if t < len(row["users"])]
@@ -259,284 +223,269 @@ def exact_typed(model, tokenizer, rows, batch=64):
                 chats[d].append({"role": "user", "content": rows[d]["users"][t]})
             prompts = tokenizer.apply_chat_template([chats[d] for d in some], tokenize=False,
                                                     add_generation_prompt=True)
-            x = tokenizer(prompts, return_tensors="pt", padding=True)
+            x = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
             output = model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"],
                                     max_new_tokens=60, do_sample=False, eos_token_id=end, pad_token_id=end)
             replies = tokenizer.batch_decode(output[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
             for d, reply in zip(some, replies):
                 chats[d].append({"role": "assistant", "content": reply})
-                right[d].append(reply == rows[d]["replies"][t])
-    return list(itertools.chain.from_iterable(right))
+                texts[d].append(reply)
+    return list(itertools.chain.from_iterable(texts))
 
 
-def transcribe_turns(turns, rate, replies, voice):
-    """Note in the turns what each judge hears: "heard_bigram" and "heard_word_loop", and with a voice the
-    same of the original synthesizer, "heard_bigram_original" and "heard_word_loop_original".
+@torch.inference_mode()
+def typed_after(omni, tokenizer, rows, cfg):
+    """The same for the LLM of a checkpoint, through the engine."""
+    engine = Engine(omni, cfg.batch, cfg.max_tokens, cfg.max_units)
+    chats, texts = [[] for _ in rows], [[] for _ in rows]
+    for t in range(max(len(row["users"]) for row in rows)):
+        asked = {}
+        for d, row in enumerate(rows):
+            if t < len(row["users"]):
+                chats[d].append({"role": "user", "content": row["users"][t]})
+                prompt = tokenizer.apply_chat_template(chats[d], tokenize=False, add_generation_prompt=True)
+                asked[d] = engine.submit(tokenizer(prompt)["input_ids"], speak=False)
+        for _ in engine.stream():
+            pass
+        for d, reply in asked.items():
+            texts[d].append(tokenizer.decode(reply.text))
+            chats[d].append({"role": "assistant", "content": texts[d][-1]})
+    return list(itertools.chain.from_iterable(texts))
 
-    rate     Hz, of the turns' sound
-    replies  the replies of the training split: the language models hold their words
-    voice    espeak-ng's voice of the original speech; None if there is no original
+
+# ---------------------------------------------------------------------------------------------------- hearing
+
+def sound_of(cfg, turn):
+    """A turn's speech (samples,) at 16 kHz; empty if it is silent."""
+    if not turn["sound"]:
+        return np.zeros(0, np.float32)
+    wav, rate = soundfile.read(f"{cfg.out}/{turn['sound']}", dtype="float32")
+    return librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE)
+
+
+def hear(kept, jobs, recognize):
+    """Transcribe what is not in `kept` yet. jobs: {key: function that gives the sound};  recognize: sounds ->
+    yields texts."""
+    missing = [key for key in jobs if key not in kept]
+    if missing:
+        for key, text in zip(missing, recognize([jobs[key]() for key in missing])):
+            kept.add(key, text)
+
+
+def original(text, voice):
+    """espeak-ng's speech of a text, (samples,) at 16 kHz; no samples if the text holds nothing to say."""
+    from omni.espeak import speak
+    if not any(character.isalnum() for character in text):
+        return np.zeros(0, np.float32)
+    return speak(text, voice)
+
+
+def hear_all(cfg, turns, kept, pool, device, replies=None, voice=None):
+    """Note in the turns what is heard: "heard", and in the embedded world "heard_bigram", "heard_word_loop",
+    and with a voice the same of the original synthesizer, "heard_bigram_original" ...
+
+    kept     Lines: what has been heard before;  pool: of processes, for pocketsphinx
+    replies  set tiny: those of the training split, whose words the judges know
     """
-    spoken = []
-    for turn in turns:
-        wav = turn["wav"]
-        if len(wav):
-            wav = librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE)
-        spoken.append(wav)
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        sources = {"": spoken}
-        if voice:
-            jobs = [(turn["text"], voice) for turn in turns]
-            sources["_original"] = pool.starmap(synthesize, jobs, chunksize=32)
+    name = cfg.recognizer or ("pocketsphinx" if replies else "whisper:large-v3")
+    names = {f"{turn['dialogue']}-{turn['turn']}": turn for turn in turns}
+    if name.startswith("whisper"):
+        size = name.partition(":")[2] or "large-v3"
+        judges = {"heard": (name, lambda wavs: by_whisper(wavs, size, device))}
+    elif replies:
+        judges = {}
         for judge, bigram in JUDGES.items():
             arpa = language_model(replies, bigram)
-            for suffix, wavs in sources.items():
-                for turn, heard in zip(turns, transcribe_all(pool, wavs, arpa)):
-                    turn[f"heard_{judge}{suffix}"] = heard
+            judges[f"heard_{judge}"] = judge, lambda wavs, arpa=arpa: by_sphinx(pool, wavs, arpa)
+    else:
+        judges = {"heard": (name, lambda wavs: by_sphinx(pool, wavs))}
+    for column, (judge, recognize) in judges.items():
+        jobs = {f"{key}/{judge}": lambda turn=turn: sound_of(cfg, turn) for key, turn in names.items()}
+        if voice:                                     # the same text is spoken once
+            jobs |= {f"{turn['text']}/{judge}": lambda text=turn["text"]: original(text, voice)
+                     for turn in turns}
+        hear(kept, jobs, recognize)
+        for key, turn in names.items():
+            turn[column] = kept[f"{key}/{judge}"]
+            if voice:
+                turn[f"{column}_original"] = kept[f"{turn['text']}/{judge}"]
+    for turn in turns:
+        turn.setdefault("heard", turn.get("heard_bigram"))
 
 
 # ---------------------------------------------------------------------------------------------------- figures
 
-def percent(hits):
-    """How many percent of a list of booleans are true; 0 if it is empty."""
-    return 100 * sum(hits) / max(1, len(hits))
+def share(turns, hits):
+    """A figure: how many percent of these turns hit. hits: booleans; None counts for nothing."""
+    pairs = [(turn["dialogue"], hit) for turn, hit in zip(turns, hits) if hit is not None]
+    return interval([d for d, _ in pairs], [(hit, 1) for _, hit in pairs]) if pairs else None
+
+
+def wer(turns, key):
+    """Word error rate of what was heard, turn[key], against the texts."""
+    return interval([turn["dialogue"] for turn in turns], [errors(turn["text"], turn[key]) for turn in turns])
+
+
+def excess(turns, key):
+    """The same less that of the original synthesizer."""
+    values = [errors(turn["text"], turn[key]) + errors(turn["text"], turn[f"{key}_original"])
+              for turn in turns]
+    return interval([turn["dialogue"] for turn in turns], values, difference)
 
 
 def is_exact(turn):
     return turn["text"] == turn["reference"]
 
 
-def judge_text(turns, typed):
-    """Figures of the texts, in percent of the turns. typed: what `exact_typed` returns, or None."""
-    asked = [turn for turn in turns if turn["topic"] != "unclear"]
-    unclear = [turn for turn in turns if turn["topic"] == "unclear"]
-    result = {"turns": len(turns)}
-    if asked:
-        result["exact"] = percent([is_exact(turn) for turn in asked])
-    if asked and typed is not None:
-        answerable = [turn["topic"] != "unclear" for turn in turns]
-        result["exact_typed"] = percent(list(itertools.compress(typed, answerable)))
+def judge_text(turns, rule):
+    """Figures of the texts, and turn["right"] in each turn. Turns that could not be asked count as wrong."""
+    for turn in turns:
+        known = turn["references"] or rule in ("refusal", "instructions")
+        turn["right"] = False if turn["error"] else is_right(
+            rule, turn["references"], turn["text"], turn.get("about")) if known else None
+    result = {"turns": (len(turns),), "not answered": (sum(bool(turn["error"]) for turn in turns),),
+              "s2t": share(turns, [turn["right"] for turn in turns])}
+    return result
+
+
+def judge_world(turns, typed):
+    """Figures that only the embedded world has. typed: {"typed_before": texts, ...}."""
+    asked = [turn for turn in turns if turn["category"] != "unclear"]
+    unclear = [turn for turn in turns if turn["category"] == "unclear"]
+    recalling = [turn for turn in turns if turn["category"] == "recalling"]
+    result = {"exact": share(asked, map(is_exact, asked))}
+    for name, texts in typed.items():
+        right = [(turn, text == turn["reference"]) for turn, text in zip(turns, texts)
+                 if turn["category"] != "unclear"]
+        result[f"exact_{name}"] = share([turn for turn, _ in right], [hit for _, hit in right])
     if unclear:
         refusal = unclear[0]["reference"]
-        result["unclear"] = len(unclear)
-        result["caught"] = percent([is_exact(turn) for turn in unclear])
-    if unclear and asked:
-        result["refused"] = percent([turn["text"] == refusal for turn in asked])
-    answered = [turn for turn in turns if turn["answer"]]           # other corpora than tiny have none
-    if answered:
-        result["s2t"] = percent([occurs(turn["answer"], turn["text"]) for turn in answered])
-    recalling = [turn for turn in turns if turn["topic"] == "recalling"]
+        result |= {"unclear": (len(unclear),), "caught": share(unclear, map(is_exact, unclear)),
+                   "refused": share(asked, [turn["text"] == refusal for turn in asked])}
     if recalling:
-        result["needing_history"] = len(recalling)
-        result["exact_needing_history"] = percent([is_exact(turn) for turn in recalling])
+        result |= {"needing_history": (len(recalling),),
+                   "exact_needing_history": share(recalling, map(is_exact, recalling))}
     return result
 
 
-def wer(turns, key):
-    """Word error rate in percent of what was heard, turn[key], against the texts."""
-    return 100 * word_error_rate([turn["text"] for turn in turns], [turn[key] for turn in turns])
-
-
-def judge_speech(turns, replies):
-    """Figures of the speech after `transcribe_turns`, in percent. replies: those of the training split."""
-    known = set(replies)
-    new = [turn for turn in turns if turn["text"] not in known]
-    answered = [turn for turn in turns if turn["answer"]]
-    result = {"new_replies": len(new)}
-    for judge in JUDGES:
-        ours, original = f"heard_{judge}", f"heard_{judge}_original"
-        compared = original in turns[0]
-        result[f"wer_{judge}"] = wer(turns, ours)
-        if compared:
-            result[f"wer_{judge}_original"] = wer(turns, original)
-            result[f"wer_{judge}_excess"] = result[f"wer_{judge}"] - result[f"wer_{judge}_original"]
-        if answered:
-            result[f"s2s_{judge}"] = percent([occurs(turn["answer"], turn[ours]) for turn in answered])
-        if answered and compared:
-            hits = [occurs(turn["answer"], turn[original]) for turn in answered]
-            result[f"s2s_{judge}_original"] = percent(hits)
-        if new and compared:
-            result[f"wer_{judge}_excess_new_replies"] = wer(new, ours) - wer(new, original)
-    return result
-
-
-def autocorrelation(x):
-    """(samples, frames) -> (320, frames), for lags of 0 to 319 samples."""
-    return np.fft.irfft(np.abs(np.fft.rfft(x, 1024, axis=0)) ** 2, axis=0)[:320]
-
-
-def contour(wav):
-    """wav (samples,) at 16 kHz -> what carries stress, (81, frames) at 100 Hz: the log-mel, and the pitch in
-    semitones around its median, times 0.3; straight lines bridge what is not voiced.
-
-    The pitch, from 64 to 320 Hz, is the peak of the autocorrelation, divided by the window's, with a small
-    preference for the highest pitch, as two periods are periodic too (Boersma 1993).
-    """
-    mel = log_mel(torch.from_numpy(wav), 80, pad=False).numpy()
-    window = np.hanning(640)[:, None]                 # 40 ms
-    frames = librosa.util.frame(np.pad(wav, 320), frame_length=640, hop_length=160)[:, :mel.shape[1]]
-    r = autocorrelation(window * frames) / autocorrelation(window)
-    power, lags = r[0], np.arange(50, 251)
-    periodic = r[lags] - 0.02 * np.log2(lags / 50)[:, None] * power
-    semitones = 12 * np.log2(SAMPLE_RATE / lags[periodic.argmax(0)])
-    voiced = (periodic.max(0) > 0.5 * power) & (power > 0.01 * np.quantile(power, 0.9))
-    if not voiced.any():
-        return np.vstack([mel, 0 * power])
-    pitch = np.interp(np.arange(len(power)), np.flatnonzero(voiced), semitones[voiced])
-    return np.vstack([mel, 0.3 * (pitch - np.median(pitch))])
-
-
-def stressed_word(job):
-    """(wav (samples,) at 16 kHz, text, espeak-ng's voice) -> which word of the text is stressed, from 0: the
-    one whose stressed rendering by espeak-ng is the nearest. None if there is less sound than 0.1 s.
-
-    The tempo is removed first. Then dynamic time warping compares sound and pitch; as stress also takes time,
-    each step that warps it costs 3 more. Of 40 replies by espeak-ng itself, with 20 dB of noise and 5 %
-    faster or slower, all are recognized; of unstressed ones 2 % seem to be, less than by chance (21 %),
-    because without stress the shortest word's rendering is the nearest.
-    """
-    wav, text, voice = job
-    if len(wav) < MIN_SECONDS * SAMPLE_RATE:
-        return None
-    ours, tokens, distances = torch.from_numpy(contour(wav)), text.split(), []
-    for i, token in enumerate(tokens):
-        word = token.rstrip(".,?!")
-        marked = f"<stress>{word}</stress>{token[len(word):]}"
-        theirs = contour(speak(" ".join([*tokens[:i], marked, *tokens[i + 1:]]), voice))
-        same_tempo = F.interpolate(ours[None], theirs.shape[1], mode="linear")[0].numpy()
-        costs = librosa.sequence.dtw(same_tempo, theirs, weights_add=np.array([0, 3, 3]), backtrack=False)
-        distances.append(costs[-1, -1])
-    return int(np.argmin(distances))
-
-
-def judge_stress(turns, rate, voice):
-    """How many percent of the exact replies stress the word that answers the question, of those where that is
-    one word, and how many replies these are; and the same where it is not the last word. rate: Hz, of the
-    turns' sound."""
-    jobs, right = [], []
-    for turn in turns:
-        before, _, rest = turn["spoken"].partition("<stress>")
-        word = rest.partition("</stress>")[0]
-        if len(word.split()) == 1 and is_exact(turn):
-            wav = turn["wav"]
-            if len(wav):
-                wav = librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE)
-            jobs.append((wav, turn["text"], voice))
-            right.append(len(before.split()))
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        found = pool.map(stressed_word, jobs, chunksize=8)
+def judge_speech(turns, rule, known=None):
+    """Figures of the speech after `hear_all`, and turn["heard_right"]. known: the replies of the training
+    split, if they are to be told from new ones."""
     result = {}
-    hits = [a == b for a, b in zip(found, right)]
-    early = [i < len(text.split()) - 1 for i, (_, text, _) in zip(right, jobs)]
-    for key, counted in (("", hits), ("_not_last", list(itertools.compress(hits, early)))):
-        if counted:
-            result |= {f"stressed{key}_replies": len(counted), f"stress{key}": percent(counted)}
+    columns = [key for key in ("heard_bigram", "heard_word_loop") if key in turns[0]] or ["heard"]
+    new = [turn for turn in turns if turn["text"] not in known] if known else []
+    if known:
+        result["new_replies"] = (len(new),)
+    for column in columns:
+        name = column.removeprefix("heard").lstrip("_")
+        ending = f"_{name}" if name else ""
+        result[f"wer{ending}"] = wer(turns, column)
+        heard = [None if turn["right"] is None else bool(not turn["error"] and is_right(
+            rule, turn["references"], turn[column] or "", turn.get("about"))) for turn in turns]
+        result[f"s2s{ending}"] = share(turns, heard)
+        for turn, hit in zip(turns, heard):
+            if column == columns[0]:
+                turn["heard_right"] = hit
+                turn["errors"] = errors(turn["text"], turn[column])
+        if f"{column}_original" in turns[0]:
+            result[f"wer{ending}_original"] = wer(turns, f"{column}_original")
+            result[f"wer{ending}_excess"] = excess(turns, column)
+            answered = [turn for turn in turns if turn["references"]]
+            if answered:
+                result[f"s2s{ending}_original"] = share(answered, [
+                    is_right(rule, turn["references"], turn[f"{column}_original"]) for turn in answered])
+            if new:
+                result[f"wer{ending}_excess_new_replies"] = excess(new, column)
     return result
 
 
-# ----------------------------------------------------------------------------------------------------- output
-
-def report(turns, result, split):
-    """Print the share of exact replies by topic, then all figures."""
-    print(f"\n{'topic':14}{'turns':>7}{'exact %':>9}")
-    for topic, n in Counter(turn["topic"] for turn in turns).most_common():
-        share = percent([is_exact(turn) for turn in turns if turn["topic"] == topic])
-        print(f"{topic:14}{n:7}{share:9.1f}")
-    print(f"\n{'figure on ' + split:40}{'value':>9}")
-    for key, value in result.items():
-        if isinstance(value, int):
-            print(f"{key:40}{value:9}")
-        elif abs(value) < 1:
-            print(f"{key:40}{value:9.3f}")
-        else:
-            print(f"{key:40}{value:9.1f}")
+def judge_pace(turns):
+    """How fast: of replies that were made several at a time."""
+    spoken = [turn for turn in turns if turn.get("first_audio")]
+    if not spoken:
+        return {}
+    first = [1000 * turn["first_audio"] for turn in spoken]
+    factors = [turn["seconds"] / turn["duration"] for turn in spoken]
+    return {"first_audio_ms": (float(np.median(first)),),
+            "first_audio_ms_95": (float(np.quantile(first, 0.95)),),
+            "real_time_factor": (float(np.median(factors)),), "stalls": (sum(t["stalls"] for t in spoken),),
+            "cut": share(turns, [bool(turn["notes"]) for turn in turns])}
 
 
-def write_sound(path, wav, rate):
-    """An Opus file, whole or not at all."""
-    soundfile.write(path + ".tmp", np.clip(wav, -1, 1), rate, format="OGG", subtype="OPUS")
-    os.replace(path + ".tmp", path)
+def judge_stress(cfg, turns, voice, pool):
+    """See the top of this file."""
+    from tiny.judge import stress
+    exact = [turn for turn in turns if is_exact(turn)]
+    found = stress(pool, [(sound_of(cfg, turn), turn["text"], turn["spoken"]) for turn in exact], voice)
+    result = {}
+    for name, last in (("stress", None), ("stress_not_last", False)):
+        counted = [(turn, hit[0]) for turn, hit in zip(exact, found) if hit and last in (None, hit[1])]
+        if counted:
+            result[name] = share([turn for turn, _ in counted], [hit for _, hit in counted])
+            result[f"{name}_replies"] = (len(counted),)
+    return result
 
 
-def write_sounds(folder, rows, turns, rate):
-    """Write the questions and replies of some turns as sound files and note their names in the turns, as
-    "question_file" and "reply_file". A silent reply has no file."""
-    for turn in turns:
-        name = f"{folder}/{turn['dialogue']}-{turn['turn'] + 1}"
-        question = clips(rows[turn["dialogue"]])[turn["turn"]]
-        turn["question_file"] = f"{name}-question.ogg"
-        write_sound(turn["question_file"], question.numpy(), SAMPLE_RATE)
-        if len(turn["wav"]):
-            turn["reply_file"] = f"{name}-reply.ogg"
-            write_sound(turn["reply_file"], turn["wav"], rate)
+def judge_naturalness(cfg, turns, device):
+    """UTMOS of each reply, 1 to 5, from its TorchScript file: called with (1, samples) and the rate."""
+    model, values = torch.jit.load(cfg.utmos, map_location=device).eval(), []
+    spoken = [turn for turn in turns if turn["sound"]]
+    for turn in tqdm(spoken, desc="utmos", leave=False):
+        with torch.inference_mode():
+            turn["utmos"] = float(model(torch.from_numpy(sound_of(cfg, turn))[None].to(device), SAMPLE_RATE))
+        values.append((turn["utmos"] / 100, 1))       # a ratio is in percent
+    return {"utmos": interval([turn["dialogue"] for turn in spoken], values)} if spoken else {}
 
 
-def write_gallery(path, turns):
-    """Turns with sound files as a table in Markdown, right or wrong."""
-    lines = ["| | asked | answered | heard by pocketsphinx | |", "|---|---|---|---|---|"]
-    for turn in turns:
-        question = f"[▶]({os.path.basename(turn['question_file'])})"
-        reply = "(silent)"
-        if "reply_file" in turn:
-            reply = f"[▶]({os.path.basename(turn['reply_file'])})"
-        mark = "right" if is_exact(turn) else f"wrong: {turn['reference']}"
-        lines.append(f"| {turn['dialogue']}.{turn['turn'] + 1} | {question} {turn['question']} | "
-                     f"{reply} {turn['text']} | {turn['heard_bigram']} | {mark} |")
-    replace_file(path, "\n".join(lines) + "\n")
+def judge_answers(cfg, turns, kept):
+    """Scores of 1 to 5 by a language model, of the texts and of what was heard; `kept` keeps its answers."""
+    result = {}
+    for name, column in (("score_s2t", "text"), ("score_s2s", "heard")):
+        asked = [turn for turn in turns if not turn["error"] and turn.get(column) is not None]
+        keys = {f"{turn['dialogue']}-{turn['turn']}/{name}": turn for turn in asked}
+        missing = [key for key in keys if kept.get(key, [None])[0] is None]   # who failed is asked again
+        pairs = [(keys[key]["question"], keys[key][column]) for key in missing]
+        for key, found in zip(missing, scores(pairs, cfg.judge, cfg.judge_model)):
+            kept.add(key, found)
+        for key, turn in keys.items():
+            turn[name] = kept[key][0]
+        scored = [turn for turn in asked if turn[name] is not None]
+        if scored:
+            result[name] = interval([turn["dialogue"] for turn in scored],
+                                    [(turn[name] / 100, 1) for turn in scored])       # a ratio is in percent
+        result[f"{name}_failed"] = (len(asked) - len(scored),)
+    return result
 
 
-def write_picture(path, runs, turn):
-    """One PNG: the losses of the runs and, unless the turn is None, the log-mels of its question and its
-    reply with the texts below them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(12, 7 if turn else 3.5))
-    grid = figure.add_gridspec(2 if turn else 1, 1)
-    upper = grid[0].subgridspec(1, len(runs))
-    for i, run in enumerate(runs):
-        log = read_json(checkpoint.newest_checkpoint(run), "meta.json")["log"]
-        axes = figure.add_subplot(upper[i])
-        for key, style in (("loss", "-"), ("val_loss", "o-")):
-            steps = [line["step"] for line in log if key in line]
-            axes.plot(steps, [line[key] for line in log if key in line], style, label=key, markersize=3)
-        axes.set(title=os.path.basename(run), xlabel="step", yscale="log")
-        axes.set_ylabel("" if i else "nats per target")
-        axes.legend()
-    if turn:
-        lower = grid[1].subgridspec(1, 2)
-        for i, (side, text) in enumerate((("question", turn["question"]), ("reply", turn["text"]))):
-            wav, rate = soundfile.read(turn[f"{side}_file"], dtype="float32")
-            mel = librosa.feature.melspectrogram(y=wav, sr=rate, hop_length=rate // 100, n_mels=80,
-                                                 fmax=8000)
-            mel = librosa.power_to_db(mel, ref=np.max, top_db=70)
-            axes = figure.add_subplot(lower[i])
-            axes.imshow(mel, origin="lower", aspect="auto", extent=(0, len(wav) / rate, 0, 80))
-            axes.set(title=side, xlabel=f"seconds\n{text}", ylabel="mel bin")
-    figure.tight_layout()
-    figure.savefig(path + ".tmp", dpi=100, format="png")
-    plt.close(figure)
-    os.replace(path + ".tmp", path)
+# ------------------------------------------------------------------------------------------------- comparison
 
-
-def write(cfg, rows, turns, result, rate):
-    """Write eval.json; with a codec's rate (Hz) the gallery, with cfg.runs the picture."""
-    kept = [turn for turn in turns if turn["dialogue"] < cfg.keep]
-    if rate:
-        write_sounds(cfg.out, rows, kept, rate)
-        write_gallery(f"{cfg.out}/gallery.md", kept)
-    replies = [{key: value for key, value in turn.items() if key != "wav"} for turn in turns]
-    figures = {"ckpt": cfg.ckpt, **result, "replies": replies}
-    replace_file(f"{cfg.out}/eval.json", json.dumps(figures, indent=1))
-    spoken = [turn for turn in kept if "reply_file" in turn]
-    if cfg.runs:
-        shown = max(spoken, key=is_exact, default=None)             # the first right one, or the first
-        write_picture(f"{cfg.out}/demo.png", cfg.runs, shown)
-        content = "and a question with its reply" if shown else "only: the gallery has no spoken reply"
-        print(f"{cfg.out}/demo.png shows the losses of {', '.join(cfg.runs)} {content}")
-    for turn in spoken:
-        print(f"{turn['reply_file']}\n    asked {turn['question']!r}, said {turn['text']!r}, "
-              f"heard {turn['heard_bigram']!r}")
+def compare(first, second):
+    """Print how the second evaluation differs from the first, over the turns that both have."""
+    try:
+        loaded = [read_json(folder, "results.json") for folder in (first, second)]
+        found = [{(turn["id"], turn["turn"]): turn for turn in results["turns"]} for results in loaded]
+    except (OSError, ValueError, KeyError) as e:
+        fail(f"--compare: {first} and {second} must be folders of finished evaluations ({e!r})")
+    both = [key for key in found[0] if key in found[1]]
+    if not both:
+        fail(f"--compare: {first} and {second} have no question in common")
+    pairs = [(found[0][key], found[1][key]) for key in both]
+    groups = [a["dialogue"] for a, _ in pairs]
+    print(f"{second} less {first}, {len(both)} turns, 95 % interval")
+    for name, values in {
+            "s2t": [(b["right"], 1, a["right"], 1) for a, b in pairs if None not in (a["right"], b["right"])],
+            "s2s": [(b["heard_right"], 1, a["heard_right"], 1) for a, b in pairs
+                    if None not in (a.get("heard_right"), b.get("heard_right"))],
+            "wer": [(*b["errors"], *a["errors"]) for a, b in pairs if a.get("errors") and b.get("errors")],
+            "exact": [(is_exact(b), 1, is_exact(a), 1) for a, b in pairs if a["reference"]]}.items():
+        if len(values) == len(pairs):
+            print(f"{name:8}{report.show(*interval(groups, values, difference))}")
+        elif values:
+            print(f"{name:8}{report.show(*interval(range(len(values)), values, difference))}")
+    for a, b in pairs:
+        if (a["right"], a.get("heard_right")) != (b["right"], b.get("heard_right")):
+            print(f"{a['id']}.{a['turn'] + 1} {a['question']!r}: {report.verdict(a)}, {a['text']!r} -> "
+                  f"{report.verdict(b)}, {b['text']!r}")
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -545,64 +494,182 @@ def find_originals(cfg):
     """What the checkpoint is compared with: (the text model that training started from, espeak-ng's voice in
     the replies that it learned from). An unknown one is None, and what is left out is printed."""
     llm, voice = cfg.llm, None
-    made = read_json(cfg.corpus, "meta.json")
+    made = read_json(cfg.corpus, "meta.json") if cfg.set == "tiny" else {}
     if made.get("source") == "tiny":
         llm = llm or "tiny/qwen2"
         if made["tts"] is None:
             voice = made["assistant"]
     if llm is None:
-        print(f"exact_typed is left out: {cfg.corpus} is not the embedded corpus; name the text model that "
-              "training started from with --llm")
-    if voice is None and not cfg.text:
+        print("typed_before is left out: name the text model that training started from with --llm")
+    if voice is None and cfg.set == "tiny" and not cfg.text:
         print(f"the original synthesizer's WER and S2S are left out: the replies of {cfg.corpus} are not "
               "espeak-ng's in the embedded world")
     return llm and checkpoint.local_or_hub(llm), voice
 
 
+def settings_of(cfg, rows):
+    """What decides the answers: no others may be mixed with them."""
+    keys = ("ckpt", "set", "path", "corpus", "split", "dialogues", "codec", "voice", "text", "max_tokens",
+            "max_units", "temperature", "top_p", "repeats", "seed")
+    newest = checkpoint.newest_checkpoint(cfg.ckpt) or cfg.ckpt
+    weights = os.path.join(newest, "model.safetensors")
+    mark = sha256(weights) if os.path.exists(weights) else newest
+    return {key: asdict(cfg)[key] for key in keys} | {"questions": len(rows), "weights": mark}
+
+
+def open_folder(cfg, rows, state):
+    """Make cfg.out, or go on there if it holds answers of the very same settings."""
+    settings = settings_of(cfg, rows)
+    kept = read_json(cfg.out, "settings.json")
+    if kept and kept != settings:
+        different = ", ".join(key for key in settings if kept.get(key) != settings[key])
+        fail(f"--out {cfg.out} holds an evaluation with other settings ({different}); give another folder, "
+             "or delete this one")
+    if state.is_main_process:
+        os.makedirs(f"{cfg.out}/sound", exist_ok=True)
+        replace_file(f"{cfg.out}/settings.json", json.dumps(settings, indent=1))
+    state.wait_for_everyone()
+
+
+def answered(cfg):
+    """{dialogue: what answers-*.jsonl hold of it}, of all processes."""
+    lines = {}
+    for name in sorted(os.listdir(cfg.out)):
+        if name.startswith("answers-"):
+            lines |= {int(d): line for d, line in Lines(f"{cfg.out}/{name}").items()}
+    return lines
+
+
+def answer_missing(cfg, rows, omni, tokenizer, codec, state):
+    """Answer what this process has to, and what no earlier run did."""
+    known = answered(cfg)
+    mine = [d for d in range(state.process_index, len(rows), state.num_processes) if d not in known]
+    kept = Lines(f"{cfg.out}/answers-{state.process_index}.jsonl")
+    for d, turns, gate in answer_all(omni, tokenizer, codec, rows, mine, cfg):
+        for turn in turns:
+            wav = turn.pop("wav", ())
+            if len(wav):
+                turn["sound"] = f"sound/{d}-{turn['turn'] + 1}.flac"
+                soundfile.write(f"{cfg.out}/{turn['sound']}", np.clip(wav, -1, 1), codec.sample_rate)
+        kept.add(str(d), {"turns": turns, "gate": gate})
+
+
 def main():
     cfg = configure(EvalConfig)
+    if cfg.compare:
+        return compare(*cfg.compare)
     torch.manual_seed(cfg.seed)
-    device = accelerate.PartialState().device
+    state = accelerate.PartialState()
+    device = state.device
     for run in cfg.runs:
         if not checkpoint.newest_checkpoint(run):
             fail(f"--runs: there is no checkpoint in {run}")
     try:                                              # report what is missing before the long part
-        rows = load_corpus(cfg.corpus, cfg.split)
-        if cfg.topics:
-            wanted = set(cfg.topics)
-            rows = rows.select([i for i, topics in enumerate(rows["topics"]) if wanted & set(topics)])
-            if not len(rows):
-                fail(f"--topics {','.join(cfg.topics)}: no dialogue of {cfg.corpus} has such a turn")
-        rows = rows.select(range(min(cfg.dialogues, len(rows))))
+        rows, rule = read_questions(cfg)
         llm, voice = find_originals(cfg)
         codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
-        if llm:
-            text_model = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32)
-            text_tokenizer = Qwen2Tokenizer.from_pretrained(llm)
+        text_model = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32) if llm else None
         omni, tokenizer, _ = checkpoint.load(cfg.ckpt)
-        os.makedirs(cfg.out, exist_ok=True)
+        open_folder(cfg, rows, state)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
+    if state.is_main_process and codec:               # early: its processes take seconds to start
+        pool = multiprocessing.get_context("spawn").Pool(os.cpu_count())
     # bf16 on a GPU as the official code; on a CPU figures shall not depend on how fast it is
     quicken(omni.eval().to(device), [torch.bfloat16 if device.type == "cuda" else torch.float32])
-
-    turns, gate = answer_all(omni, tokenizer, codec, rows, cfg)
-    typed = exact_typed(text_model, text_tokenizer, rows) if llm else None
+    answer_missing(cfg, rows, omni, tokenizer, codec, state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    lines = answered(cfg)
+    turns = list(itertools.chain.from_iterable(lines[d]["turns"] for d in range(len(rows))))
+    for turn in turns:
+        turn["about"] = rows[turn["dialogue"]].get("about")
+    typed = {}
+    if text_model:
+        reader = Qwen2Tokenizer.from_pretrained(llm)
+        typed = {"typed_before": typed_replies(text_model.to(device), reader, rows)}
+    if any(row["users"][0] for row in rows):
+        typed["typed_after"] = typed_after(omni, tokenizer, rows, cfg)
     if cfg.topics:
-        judged = [turn["topic"] in cfg.topics for turn in turns]
+        judged = [turn["category"] in cfg.topics for turn in turns]
         turns = list(itertools.compress(turns, judged))
-        typed = typed and list(itertools.compress(typed, judged))
-    result = {"dialogues": len(rows)} | judge_text(turns, typed)
+        typed = {name: list(itertools.compress(texts, judged)) for name, texts in typed.items()}
+    result = {"dialogues": (len(rows),)} | judge_text(turns, rule)
+    if cfg.set == "tiny":
+        result |= judge_world(turns, typed)
+    else:
+        for name, texts in typed.items():
+            hits = [None if t["right"] is None or t["error"] else
+                    is_right(rule, t["references"], text, t["about"]) for t, text in zip(turns, texts)]
+            result[name] = share(turns, hits)
     if codec:
-        replies = [reply for row in load_corpus(cfg.corpus, "train")["replies"] for reply in row]
-        transcribe_turns(turns, codec.sample_rate, replies, voice)
-        result |= judge_speech(turns, replies) | {"cut": sum(bool(turn["notes"]) for turn in turns)}
+        replies = None
+        if cfg.set == "tiny":
+            replies = [reply for row in load_corpus(cfg.corpus, "train")["replies"] for reply in row]
+        try:
+            hear_all(cfg, turns, Lines(f"{cfg.out}/heard.jsonl"), pool, device, replies, voice)
+        except (OSError, RuntimeError) as e:
+            fail(f"--recognizer {cfg.recognizer or 'whisper:large-v3'}: it cannot be used ({e})")
+        result |= judge_speech(turns, rule, replies and set(replies)) | judge_pace(turns)
         if voice:
-            result |= judge_stress(turns, codec.sample_rate, voice)
-        if len(gate):
-            result |= {"gate_mean": float(gate.mean()), "gate_spread": float(gate.std())}
-    report(turns, result, cfg.split)
-    write(cfg, rows, turns, result, codec.sample_rate if codec else None)
+            result |= judge_stress(cfg, turns, voice, pool)
+        gate = np.sum([line["gate"] for line in lines.values()], 0)
+        if gate[0]:
+            mean = gate[1] / gate[0]
+            spread = max(0.0, gate[2] / gate[0] - mean ** 2) ** 0.5
+            result |= {"gate_mean": (float(mean),), "gate_spread": (float(spread),)}
+    try:
+        if cfg.utmos and codec:
+            result |= judge_naturalness(cfg, turns, device)
+    except (OSError, RuntimeError) as e:
+        fail(f"--utmos {cfg.utmos}: it cannot be used ({str(e).splitlines()[0]})")
+    if cfg.judge:
+        result |= judge_answers(cfg, turns, Lines(f"{cfg.out}/judged.jsonl"))
+    write(cfg, rows, turns, {name: value for name, value in result.items() if value is not None})
+
+
+def write(cfg, rows, turns, result):
+    """All that the folder gets, and what is printed."""
+    def question(turn):
+        try:
+            return clips(rows[turn["dialogue"]])[turn["turn"]].numpy()
+        except (OSError, ValueError, RuntimeError, TypeError):
+            return None                               # it could not be asked, and the report says why
+
+    categories, others = report.by_category(turns), published(cfg.set)
+    markdown = report.table(result, categories, others)
+    model = os.path.basename(os.path.normpath(cfg.ckpt))
+    title = f"{model} on {cfg.set}"
+    about = (f"{len(turns)} replies, {cfg.batch} dialogues at a time. s2t: the text is right; s2s: what "
+             f"{cfg.recognizer or 'the recognizer'} hears is; in percent.")
+    print("\n" + markdown)
+    listed = [{key: x for key, x in turn.items() if key not in ("about", "units")} for turn in turns]
+    replace_file(f"{cfg.out}/results.json", json.dumps({"figures": result, "categories": categories,
+                                                        "turns": listed}, indent=1))
+    replace_file(f"{cfg.out}/report.md", f"# {title}\n\n{about}\n\n{markdown}")
+    order = sorted(turns, key=lambda turn: (report.VERDICTS.index(report.verdict(turn)),
+                                            -ratio(np.array(turn.get("errors") or (0, 1)))))
+    spoken = [turn for turn in order if turn["sound"]]
+    report.draw_figures(f"{cfg.out}/figures.png", categories, turns)
+    if spoken:
+        report.draw_replies(f"{cfg.out}/replies.png", cfg.out, spoken[:3] + spoken[3:][-3:])
+    kept = [turn for turn in turns if turn["dialogue"] < cfg.keep]
+    report.write_gallery(cfg.out, kept, question)
+    report.write_page(cfg.out, title, about, markdown, order, question)
+    for path in write_forms(cfg.set, cfg.out, model, turns, rows):
+        print(f"for the set's own scripts: {path}")
+    if cfg.runs:
+        shown = max((turn for turn in kept if turn["sound"]), key=is_exact, default=None)
+        report.draw_demo(f"{cfg.out}/demo.png", cfg.runs, cfg.out, shown)
+        content = "and a question with its reply" if shown else "only: the gallery has no spoken reply"
+        print(f"{cfg.out}/demo.png shows the losses of {', '.join(cfg.runs)} {content}")
+    for why, n in Counter(turn["error"] for turn in turns if turn["error"]).most_common(5):
+        print(f"not answered, and so wrong: {n}, {why}")
+    for turn in kept:
+        print(f"{turn['id']}.{turn['turn'] + 1} asked {turn['question']!r}, said {turn['text']!r}, "
+              f"heard {turn.get('heard')!r}")
+    print(f"every reply: {cfg.out}/report.html")
 
 
 if __name__ == "__main__":

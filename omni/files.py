@@ -54,6 +54,32 @@ def replace_file(path, text):
     os.replace(file.name, path)
 
 
+class Lines(dict):
+    """A file that grows by a line of JSON for each key, and is a dict of what it holds. A line that a kill
+    cut off is not there, and the next one takes its place."""
+
+    def __init__(self, path):
+        """Raises ValueError if the file holds something else."""
+        super().__init__()
+        self.path, self.size = path, 0
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        try:
+                            self.update([json.loads(line)])
+                        except (TypeError, ValueError) as e:
+                            raise ValueError(f"{path}: it is damaged at byte {self.size}; delete it") from e
+                        self.size += len(line)
+
+    def add(self, key, value):
+        """Keep a value under a new key."""
+        self[key] = value
+        with open(self.path, "ab") as file:
+            file.truncate(self.size)
+            self.size += file.write(json.dumps([key, value]).encode() + b"\n")
+
+
 def replace_folder(tmp, folder):
     """Rename folder `tmp` to `folder`; what stood there is deleted only after the new one is in place."""
     old = folder.rstrip("/") + ".old"

@@ -1,0 +1,104 @@
+"""
+What does a listener hear? Recognizers that were not trained here turn spoken replies into text.
+
+Why: the paper judges speech by what Whisper-large-v3 hears (section 4.2). A recognizer errs too, and one that
+knows the language well guesses what was not said; so which one it was belongs to every figure.
+
+    pocketsphinx            with a language model of given texts, bigrams or all words equally likely: the
+                            judge of the embedded world; without texts its own, of general English
+    whisper:NAME_OR_FILE    a Whisper of any size ("large-v3" is downloaded), or a file
+"""
+import functools
+import math
+import re
+import tempfile
+from collections import Counter
+
+import numpy as np
+import whisper
+from tqdm import tqdm
+
+from omni.score import words
+
+
+def language_model(texts, bigram, discount=0.5):
+    """The words of some texts as a language model for pocketsphinx, in ARPA format.
+
+    bigram   True: bigrams with absolute discounting; False: all words equally likely
+    """
+    sentences = [["<s>", *words(text), "</s>"] for text in texts]
+    count = Counter(word for sentence in sentences for word in sentence)
+    pairs = Counter(pair for sentence in sentences for pair in zip(sentence, sentence[1:]))
+    total = sum(count.values())
+    p = {word: n / total if bigram else 1 / len(count) for word, n in count.items()}
+    followed = Counter()                              # how often each word has a successor,
+    kinds = Counter()                                 # how many different ones,
+    known = Counter()                                 # and the mass of those: backing off gets the rest
+    for (first, second), n in pairs.items():
+        followed[first] += n
+        kinds[first] += 1
+        known[first] += p[second]
+
+    counts, unigrams, bigrams = [f"ngram 1={len(count)}"], [], []
+    for word in sorted(count):
+        log_p = -99 if word == "<s>" else math.log10(p[word])
+        line = f"{log_p:.4f} {word}"
+        if bigram and followed[word]:
+            freed = discount * kinds[word] / followed[word]
+            line += f" {math.log10(freed / max(1e-6, 1 - known[word])):.4f}"
+        unigrams.append(line)
+    if bigram:
+        counts.append(f"ngram 2={len(pairs)}")
+        bigrams += ["", "\\2-grams:"]
+        for (first, second), n in sorted(pairs.items()):
+            bigrams.append(f"{math.log10((n - discount) / followed[first]):.4f} {first} {second}")
+    return "\n".join(["\\data\\", *counts, "", "\\1-grams:", *unigrams, *bigrams, "", "\\end\\", ""])
+
+
+@functools.cache
+def sphinx(arpa):
+    """A pocketsphinx decoder; arpa None: its own language model. It normalizes each clip by itself, so their
+    order does not matter."""
+    from pocketsphinx import Decoder, get_model_path
+    options = {"hmm": get_model_path("en-us/en-us"), "dict": get_model_path("en-us/cmudict-en-us.dict"),
+               "cmn": "batch", "loglevel": "FATAL"}
+    if arpa is None:
+        return Decoder(lm=get_model_path("en-us/en-us.lm.bin"), **options)
+    with tempfile.NamedTemporaryFile("w", suffix=".arpa") as file:
+        file.write(arpa)
+        file.flush()
+        return Decoder(lm=file.name, **options)
+
+
+def transcribe(job):
+    """(wav (samples,) at 16 kHz, ARPA language model or None) -> the text that pocketsphinx hears.
+
+    The clip gets noise at -60 dB, a quiet room: the digital silence of a synthesizer doubles the errors.
+    """
+    wav, arpa = job
+    decoder = sphinx(arpa)
+    room = np.random.default_rng(0).normal(0, 1e-3, len(wav) + 6400)       # 0.2 s before and after the clip
+    room[3200:-3200] += wav
+    pcm = (np.clip(room, -1, 1) * 32767).astype(np.int16)
+    decoder.start_utt()
+    decoder.process_raw(pcm.tobytes(), full_utt=True)
+    decoder.end_utt()
+    heard = decoder.hyp()
+    return re.sub(r"\(\d+\)", "", heard.hypstr) if heard else ""
+
+
+def by_sphinx(pool, wavs, arpa=None):
+    """Clips (samples,) at 16 kHz -> yields the texts that pocketsphinx hears, in order."""
+    texts = pool.imap(transcribe, ((wav, arpa) for wav in wavs), chunksize=8)
+    yield from tqdm(texts, total=len(wavs), desc="transcribing", leave=False)
+
+
+def by_whisper(wavs, name, device):
+    """The same by Whisper, greedy. name: a size, or a file. Raises RuntimeError or OSError."""
+    model = whisper.load_model(name, device)
+    for wav in tqdm(wavs, desc="transcribing", leave=False):
+        if len(wav):
+            options = {"language": "en", "temperature": 0.0, "fp16": str(device) != "cpu"}
+            yield model.transcribe(np.asarray(wav, np.float32), **options)["text"].strip()
+        else:
+            yield ""
