@@ -622,7 +622,7 @@ def main():
     try:
         if cfg.utmos and codec:
             result |= judge_naturalness(cfg, turns, device)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
         fail(f"--utmos {cfg.utmos}: it cannot be used ({str(e).splitlines()[0]})")
     if cfg.judge:
         result |= judge_answers(cfg, turns, Lines(f"{cfg.out}/judged.jsonl"))

@@ -69,8 +69,8 @@ def choice(text):
              r"\W{0,3}\(?([A-D])\b")
     for pattern in (named, r"^\W*([A-D])(?:[\s.,:;)]|$)(?!\s*[a-z])", r"\(([A-D])\)", r"\b([B-D])\b(?!')"):
         found = re.findall(pattern, text.strip(), re.IGNORECASE if pattern == named else 0)
-        if found and len(set(map(str.upper, found))) == 1:
-            return found[0].upper()
+        if found:
+            return found[0].upper() if len(set(map(str.upper, found))) == 1 else None
     return None
 
 

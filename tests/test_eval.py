@@ -1,31 +1,36 @@
-"""eval.py judges what it can and says what it leaves out. It protects the figures: word error rates, answers
-that occur, the judge's language model; silent replies and other corpora neither stop nor distort them."""
+"""eval.py judges what it can and says what it leaves out. It protects the figures of the embedded world, what
+happens to rows that cannot be asked, going on after a kill, and the report."""
+import http.server
 import json
 import math
+import re
+import threading
 from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
 
 import librosa
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import load
+from conftest import CHECKPOINT, load
 from datasets import Dataset
 
 import eval as evaluation
-from eval import EvalConfig, find_originals, judge_speech, judge_text, language_model, occurs, word_error_rate
+from eval import EvalConfig, find_originals, judge_speech, judge_text, judge_world, pace
+from omni import critic, report
 from omni.audio import wav_bytes
 from omni.espeak import ASSISTANT, plain, speak
+from omni.files import Lines, read_json
+from tiny.codec import NanoCodec
+from tiny.judge import contour, stress, stressed_word
 
 
 def turn(**more):
     """A turn that was answered right, aloud and heard well."""
-    return {"id": "a", "dialogue": 0, "turn": 0, "topic": "capitals", "question": "Capital of France?",
-            "reference": "It is Paris.", "spoken": "It is <stress>Paris</stress>.", "answer": "Paris",
-            "text": "It is Paris.", "notes": [],
-            "wav": np.full(16000, 0.1, np.float32), "heard_bigram": "it is paris",
-            "heard_word_loop": "its perished"} | more
+    return {"id": "a", "dialogue": 0, "turn": 0, "category": "capitals", "question": "Capital of France?",
+            "reference": "It is Paris.", "spoken": "It is <stress>Paris</stress>.", "references": ["Paris"],
+            "text": "It is Paris.", "notes": [], "error": None, "units": [1, 2], "sound": None,
+            "heard_bigram": "it is paris", "heard_word_loop": "its perished"} | more
 
 
 def row(seconds=1.0):
@@ -35,50 +40,22 @@ def row(seconds=1.0):
             "replies": ["It is Paris."], "spoken": ["It is <stress>Paris</stress>."], "answers": ["Paris"]}
 
 
-@pytest.mark.parametrize("reference,hypothesis,errors,length", [
-    ("The cat sat down.", "the cat sat", 1, 4),
-    ("It's red.", "it is red", 0, 3),                          # contractions and punctuation do not count
-    ("Seven and five is twelve.", "7 and 5 is 12", 0, 5),      # nor do digits
-    ("red", "a red hat", 2, 1),
-    ("", "", 0, 1),
-], ids=str)
-def test_word_error_rate(reference, hypothesis, errors, length):
-    assert word_error_rate([reference], [hypothesis]) == pytest.approx(errors / length)
+def values(figures):
+    """Figures without their intervals."""
+    return {name: value[0] for name, value in figures.items() if value is not None}
 
 
-def test_word_error_rate_is_over_all_words():
-    """Errors are summed before they are divided: a mean over sentences would be 1/3. Silence is no error."""
-    references, hypotheses = ["no", "one red cat sat down", ""], ["yes", "one red cat sat down", ""]
-    assert word_error_rate(references, hypotheses) == pytest.approx(1 / 6)
-
-
-@pytest.mark.parametrize("answer,text,expected", [
-    ("Paris", "It is PARIS.", True), ("New York", "In new york!", True), ("York New", "In New York", False),
-    ("car", "A carpet", False), ("", "", False),
-    ("twelve", "one two", False), ("nine", "ten, nine, eight", True)])     # the normalizer joins numbers
-def test_occurs(answer, text, expected):
-    assert occurs(answer, text) is expected
-
-
-def test_language_model_is_a_distribution():
-    """After each word, the bigrams that were seen and those by backing off have probability 1 together."""
-    lines = language_model(["The red cat.", "The red dog sat.", "A cat sat."], True).splitlines()
-    bigrams = [line.split() for line in lines[lines.index("\\2-grams:") + 1:lines.index("\\end\\") - 1]]
-    unigrams = [line.split() for line in lines[lines.index("\\1-grams:") + 1:lines.index("\\2-grams:") - 1]]
-    p = {word: 10 ** float(log_p) for log_p, word, *_ in unigrams}
-    p["<s>"] = 1 - sum(p.values())                             # never predicted: written as -99
-    for _, word, *back_off in unigrams:
-        if word != "</s>":
-            seen = {second: 10 ** float(log_p) for log_p, first, second in bigrams if first == word}
-            rest = sum(p[other] for other in p if other not in seen)
-            assert sum(seen.values()) + 10 ** float(back_off[0]) * rest == pytest.approx(1, abs=1e-3)
-    loop = language_model(["The red cat.", "A cat sat."], False).splitlines()
-    assert loop[1] == "ngram 1=7" and f"{math.log10(1 / 7):.4f} cat" in loop and "\\2-grams:" not in loop
+def judged(turns):
+    return values(judge_text(turns, "world") | judge_world(turns, {}))
 
 
 def test_an_original_is_compared_only_where_there_is_one():
     original = {"heard_bigram_original": "it is paris", "heard_word_loop_original": "it is parish"}
-    alone, compared = judge_speech([turn()], []), judge_speech([turn(**original)], [])
+    results = []
+    for turns in ([turn()], [turn(**original)]):
+        judge_text(turns, "world")
+        results.append(values(judge_speech(turns, "world", {"No."})))
+    alone, compared = results
     assert alone == {"new_replies": 1, "wer_bigram": 0, "s2s_bigram": 100, "s2s_word_loop": 0,
                      "wer_word_loop": pytest.approx(100)}
     assert compared["wer_bigram_excess"] == 0 and compared["s2s_word_loop_original"] == 0
@@ -86,51 +63,250 @@ def test_an_original_is_compared_only_where_there_is_one():
 
 
 def test_a_corpus_without_answers_has_no_figures_of_them():
-    assert judge_text([turn(answer="")], None) == {"turns": 1, "exact": 100}
-    assert judge_text([turn()], [True]) == {"turns": 1, "exact": 100, "exact_typed": 100, "s2t": 100}
-    assert "s2s_bigram" not in judge_speech([turn(answer="")], [])
+    assert judged([turn(references=[])]) == {"turns": 1, "not answered": 0, "exact": 100}
+    assert judged([turn()]) == {"turns": 1, "not answered": 0, "s2t": 100, "exact": 100}
+    compared = judge_world([turn()], {"typed_before": ["It is Rome."]})
+    assert values(compared) == {"exact": 100, "exact_typed_before": 0}
 
 
 def test_what_is_not_understood_is_counted_by_itself():
     """Two good questions, one answered; three unclear ones, two of them caught; one good question refused."""
     refusal = "I did not understand that."
-    unclear = {"topic": "unclear", "reference": refusal, "answer": "understand"}
+    unclear = {"category": "unclear", "reference": refusal, "references": ["understand"]}
     turns = [turn(), turn(text=refusal), turn(text=refusal, **unclear), turn(text=refusal, **unclear),
              turn(text="It is Paris.", **unclear)]
-    assert judge_text(turns, None) == {
-        "turns": 5, "exact": 50, "unclear": 3, "caught": pytest.approx(200 / 3), "refused": 50, "s2t": 60}
-    assert "caught" not in judge_text(turns[:2], None)
+    assert judged(turns) == {"turns": 5, "not answered": 0, "exact": 50, "unclear": 3,
+                             "caught": pytest.approx(200 / 3), "refused": 50, "s2t": 60}
+    assert "caught" not in judged(turns[:2])
 
 
 def test_memory_is_counted_by_itself():
-    turns = [turn(), turn(topic="recalling"), turn(topic="recalling", text="It is Rome.")]
-    result = judge_text(turns, None)
+    result = judged([turn(), turn(category="recalling"), turn(category="recalling", text="It is Rome.")])
     assert result["needing_history"] == 2 and result["exact_needing_history"] == 50
+
+
+def test_what_could_not_be_asked_is_wrong():
+    """In the text and in the speech, and it is counted."""
+    turns = [turn(), turn(error="it is silent", text="", heard_bigram="", heard_word_loop="")]
+    assert judged(turns)["not answered"] == 1 and judged(turns)["s2t"] == 50
+    assert values(judge_speech(turns, "world"))["s2s_bigram"] == 50
+    assert [report.verdict(t) for t in turns] == ["right", "not answered"]
+
+
+def test_pace():
+    """Two seconds of sound after 0.5 s; the next piece comes when that has been played for a second."""
+    pieces = [(np.zeros(200), 0.5), (np.zeros(0), 0.6), (np.zeros(100), 3.5), (np.zeros(100), 3.6)]
+    assert pace(pieces, 100) == {"first_audio": 0.5, "stalls": 1, "duration": 4.0}
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    """A folder with the tiny random checkpoint's path, a codec, and sets in JSONL."""
+    at = tmp_path_factory.mktemp("eval")
+    torch.manual_seed(0)
+    NanoCodec(dim=32, phonemes="a").save(at / "codec.pt")
+    for i in range(4):
+        soundfile.write(at / f"{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(8000), 16000)
+    (at / "text.wav").write_text("no sound")
+    rows = [{"id": f"q{i}", "audio": f"{i}.wav", "question": f"What is {i}?", "answers": ["e", "a"],
+             "category": "even" if i % 2 == 0 else "odd"} for i in range(4)]
+    rows += [{"id": "bad", "audio": "text.wav", "question": "?", "answers": ["a"]},
+             {"id": "read", "question": "Hello there.", "answer": "a"}, {"id": "none", "audio": "0.wav"}]
+    (at / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return at
+
+
+def evaluate(monkeypatch, nano, out, *more, code=None):
+    """Run eval.py on the made-up set, with what the test's recognizer hears -> results.json."""
+    made = LOAD(str(CHECKPOINT / "checkpoint"), str(CHECKPOINT / "whisper-tiny-random.pt"))
+    monkeypatch.setattr(evaluation.checkpoint, "load", lambda ckpt: made)
+    monkeypatch.setattr(evaluation, "by_sphinx", lambda pool, wavs: (f"{len(wav)} a" for wav in wavs))
+    options = {"--set": "jsonl", "--path": nano / "set.jsonl", "--ckpt": CHECKPOINT / "checkpoint",
+               "--out": out, "--codec": nano / "codec.pt", "--recognizer": "pocketsphinx", "--max_tokens": 6,
+               "--max_units": 30, "--temperature": 0} | dict(zip(more[::2], more[1::2]))
+    monkeypatch.setattr("sys.argv", ["eval.py", *(str(x) for pair in options.items() for x in pair)])
+    if code:
+        with pytest.raises(SystemExit) as exit:
+            evaluation.main()
+        assert exit.value.code == code
+    else:
+        evaluation.main()
+        return json.loads((out / "results.json").read_text())
+
+
+LOAD = evaluation.checkpoint.load
+TIMES = ("first_audio", "seconds", "stalls")
+
+
+def told(results):
+    """The turns of a result without what the clock said."""
+    return [{key: x for key, x in turn.items() if key not in TIMES} for turn in results["turns"]]
+
+
+def test_a_kill_in_the_middle_and_company_change_nothing(monkeypatch, nano, tmp_path, capsys):
+    """The same answers one by one, four at a time, by two processes, and after a kill in a line."""
+    whole = evaluate(monkeypatch, nano, tmp_path / "a", "--batch", 4)
+    assert told(evaluate(monkeypatch, nano, tmp_path / "b", "--batch", 1)) == told(whole)
+    answers = (tmp_path / "a" / "answers-0.jsonl").read_bytes()
+    lines = answers.splitlines(keepends=True)
+    (tmp_path / "a" / "answers-0.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:50])
+    (tmp_path / "a" / "heard.jsonl").unlink()
+    asked, submit = [], evaluation.Engine.submit
+    monkeypatch.setattr(evaluation.Engine, "submit", lambda self, *args, **more:
+                        asked.append(more.get("speak")) or submit(self, *args, **more))
+    assert told(evaluate(monkeypatch, nano, tmp_path / "a", "--batch", 4)) == told(whole)
+    kept = [json.loads(line)[0] for line in lines[:3]]
+    assert asked.count(True) == 5 - sum(whole["turns"][int(d)]["error"] is None for d in kept)
+    (tmp_path / "c").mkdir()
+    for n, some in enumerate((lines[::2], lines[1::2])):  # as two processes leave it
+        (tmp_path / "c" / f"answers-{n}.jsonl").write_bytes(b"".join(some))
+    (tmp_path / "c" / "sound").symlink_to(tmp_path / "a" / "sound")
+    asked.clear()
+    assert told(evaluate(monkeypatch, nano, tmp_path / "c", "--batch", 4)) == told(whole)
+    assert asked.count(True) == 0
+    evaluate(monkeypatch, nano, tmp_path / "a", "--temperature", 1, code=2)
+    assert "other settings (temperature)" in capsys.readouterr().err
+
+
+def test_every_row_is_counted_and_reported(monkeypatch, nano, tmp_path, capsys):
+    """Rows that cannot be asked are named and wrong; a row without sound is read aloud; the report has them
+    all, and its sounds."""
+    results = evaluate(monkeypatch, nano, tmp_path)
+    figures, turns = results["figures"], results["turns"]
+    assert figures["turns"] == [7] and figures["not answered"] == [2]
+    right = [turn["right"] for turn in turns]
+    assert figures["s2t"][0] == pytest.approx(100 * sum(right) / 7) and right[4] is right[6] is False
+    assert "text.wav" in turns[4]["error"] and "no reference" in turns[6]["error"]
+    assert "text.wav" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    rows = json.loads(re.search(r'id="rows">(.*?)</script>', page, re.S)[1])
+    assert len(rows) == 7 and rows[0]["verdict"] == "not answered" and "src=\"http" not in page
+    assert sum("said" in row for row in rows) == sum(bool(turn["sound"]) for turn in turns) > 0
+    sounds = [soundfile.info(tmp_path / turn["sound"]) for turn in turns if turn["sound"]]
+    assert {sound.samplerate for sound in sounds} == {16000}
+    assert "| s2t |" in (tmp_path / "report.md").read_text()
+    assert {"figures.png", "replies.png", "gallery.md"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_compare(monkeypatch, nano, tmp_path, capsys):
+    """A pair that differs in one reply: its difference, and which reply it is."""
+    results = evaluate(monkeypatch, nano, tmp_path / "a")
+    other = json.loads(json.dumps(results))
+    for found, right in ((results, False), (other, True)):
+        found["turns"][1] |= {"right": right, "heard_right": right, "text": f"{right}"}
+    for name, found in (("a", results), ("b", other)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["eval.py", "--compare", f"{tmp_path}/a,{tmp_path}/b"])
+    evaluation.main()
+    printed = capsys.readouterr().out
+    assert f"s2t     {100 / 7:.1f} (0.0 to" in printed and printed.count("->") == 1 and "q1.1" in printed
+    monkeypatch.setattr("sys.argv", ["eval.py", "--compare", f"{tmp_path}/a,{tmp_path}/none"])
+    with pytest.raises(SystemExit):
+        evaluation.main()
+    assert "must be folders of finished evaluations" in capsys.readouterr().err
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """An endpoint that scores the first answer, talks nonsense about the second, and fails at the others."""
+    asked = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        question = re.search("Question: (.*)", body["messages"][0]["content"])[1]
+        self.asked.append(question)
+        said = {"one": '{"score": 4}', "two": "It is quite good."}.get(question)
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+        data = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "j",
+                           "choices": [choice]}).encode()
+        self.send_response(200 if said else 500)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(data if said else b"{}")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_judge_that_fails_costs_its_scores_alone(tmp_path):
+    """Its answers are kept: what was scored is not asked again, what failed is."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cfg = EvalConfig(judge=f"http://127.0.0.1:{server.server_port}/v1", judge_model="j")
+    turns = [turn(question=question, dialogue=d, heard="it is") for d, question in
+             enumerate(("one", "two", "three"))]
+    result = evaluation.judge_answers(cfg, turns, Lines(tmp_path / "judged.jsonl"))
+    assert result["score_s2t"] == (4, 4, 4) and result["score_s2t_failed"] == (2,)
+    kept = Lines(tmp_path / "judged.jsonl")
+    assert kept["1-0/score_s2t"] == [None, "It is quite good."] and "Error" in kept["2-0/score_s2t"][1]
+    Judge.asked.clear()
+    assert evaluation.judge_answers(cfg, turns, kept)["score_s2t"] == (4, 4, 4)
+    assert "one" not in Judge.asked and "two" in Judge.asked
+    server.shutdown()
+    assert critic.score_of('{"score": 7}') is None and critic.score_of('```{"score": "3"}```') == 3
+
+
+def test_utmos_from_a_file(tmp_path):
+    """The mean over replies, and what cannot be loaded is said in a line."""
+    class Mean(torch.nn.Module):
+        def forward(self, wav, rate: int):
+            return 1 + wav.mean() + rate / 16000
+    torch.jit.script(Mean()).save(tmp_path / "utmos.pt")
+    soundfile.write(tmp_path / "a.flac", np.full(16000, 0.5), 16000)
+    cfg = EvalConfig(utmos=str(tmp_path / "utmos.pt"), out=str(tmp_path))
+    result = evaluation.judge_naturalness(cfg, [turn(sound="a.flac"), turn()], "cpu")
+    assert result["utmos"][0] == pytest.approx(2.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("more, line", [
+    (["--set", "llamaquestions"], "known are tiny, llama-questions"),
+    (["--path", "nowhere"], "there is nothing"), (["--set", "uro", "--path", "tests"], "cannot be read"),
+    (["--recognizer", "whisper:nowhere"], "nowhere"),
+    (["--utmos", "nowhere.pt"], "--utmos nowhere.pt"), (["--recognizer", "siri"], "neither pocketsphinx"),
+    (["--compare", "a"], "two folders")])
+def test_bad_input_is_one_line(monkeypatch, nano, tmp_path, capsys, more, line):
+    evaluate(monkeypatch, nano, tmp_path / "out", *more, code=2)
+    printed = capsys.readouterr().err
+    errors = [text for text in printed.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1 and line in errors[0]
 
 
 @pytest.mark.parametrize("more", [["--topics", "colors"], ["--topics", "colors,counting"], []], ids=str)
 def test_topics_keep_only_their_turns(tmp_path, monkeypatch, more):
     """The whole dialogue is held, as its earlier turns may matter, but only these turns are judged."""
     talks = [["capitals", "colors"], ["capitals"], ["counting", "colors"], ["telling"]]
-    rows = [row() | {"id": f"d{d}", "topics": topics} for d, topics in enumerate(talks)]
-
-    def answer_all(omni, tokenizer, codec, rows, sampling):
-        answered = [turn(dialogue=d, turn=t, topic=topic, id=row["id"])
-                    for d, row in enumerate(rows) for t, topic in enumerate(row["topics"])]
-        return answered, torch.zeros(0)
-    network = torch.nn.Identity()
+    rows = [row() | {"id": f"d{d}", "topics": topics, "users": ["?"] * len(topics),
+                     "speech": row()["speech"] * len(topics), "replies": ["a"] * len(topics),
+                     "spoken": ["a"] * len(topics), "answers": ["a"] * len(topics)}
+            for d, topics in enumerate(talks)]
+    omni, tokenizer, tts = load()
     monkeypatch.setattr(evaluation, "load_corpus", lambda corpus, split: Dataset.from_list(rows))
-    monkeypatch.setattr(evaluation, "answer_all", answer_all)
-    monkeypatch.setattr(evaluation.checkpoint, "load", lambda ckpt: (network, None, None))
-    monkeypatch.setattr(evaluation, "quicken", lambda omni, precisions: omni)
-    arguments = ["--text", "true", "--keep", "0", "--corpus", str(tmp_path), "--out", str(tmp_path), *more]
+    monkeypatch.setattr(evaluation.checkpoint, "load", lambda ckpt: (omni, tokenizer, tts))
+    arguments = ["--text", "true", "--keep", "0", "--corpus", str(tmp_path), "--out", str(tmp_path / "out"),
+                 "--max_tokens", "5", *more]
     monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
     evaluation.main()
-    figures = json.loads((tmp_path / "eval.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
     wanted = set(more[1].split(",")) if more else {topic for topics in talks for topic in topics}
     expected = [(f"d{d}", topic) for d, topics in enumerate(talks) for topic in topics if topic in wanted]
-    assert [(reply["id"], reply["topic"]) for reply in figures["replies"]] == expected
-    assert figures["dialogues"] == len({name for name, _ in expected}) and figures["turns"] == len(expected)
+    assert [(turn["id"], turn["category"]) for turn in results["turns"]] == expected
+    assert results["figures"]["dialogues"] == [len({name for name, _ in expected})]
+
+
+def test_typed_questions_are_asked_of_both_models_alike():
+    """Before any stage the LLM of the checkpoint is the text model: their replies are the same."""
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+
+    omni, tokenizer, _ = evaluation.checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    rows = [row() | {"users": ["What is two plus five?", "What is three minus one?"]},
+            row() | {"users": ["What is the capital of France?"]}]
+    model = Qwen2ForCausalLM.from_pretrained("tiny/qwen2", dtype=torch.float32)
+    typed = evaluation.typed_replies(model, Qwen2Tokenizer.from_pretrained("tiny/qwen2"), rows)
+    assert typed == evaluation.typed_after(omni.eval(), tokenizer, rows, EvalConfig())
+    assert typed[0] == "Two plus five is seven."
 
 
 # --------------------------------------------------------------------------------------------------- stress
@@ -140,12 +316,12 @@ def test_contour_follows_the_pitch():
     hz = np.repeat([100, 150], 8000)
     wav = sum(np.sin(2 * np.pi * k * np.cumsum(hz) / 16000) for k in range(1, 9)).astype(np.float32) / 8
     wav[6400:9600] = 0
-    pitch = evaluation.contour(wav)[80]
+    pitch = contour(wav)[80]
     assert pitch.shape == (100,)
     low, high = pitch[5:35], pitch[65:95]
     assert high.mean() - low.mean() == pytest.approx(0.3 * 12 * math.log2(1.5), abs=0.02)
     assert low.std() < 0.02 and high.std() < 0.02 and low.mean() < pitch[50] < high.mean()
-    assert not evaluation.contour(np.zeros(16000, np.float32))[80].any()
+    assert not contour(np.zeros(16000, np.float32))[80].any()
 
 
 REPLIES = ["Three plus four is <stress>seven</stress>.", "<stress>Hard</stress> is the opposite of soft.",
@@ -164,28 +340,22 @@ def test_the_stressed_word_is_found(spoken):
         wav = librosa.resample(speak(text, ASSISTANT), orig_sr=16000, target_sr=round(16000 / 1.05))
         noise = np.random.default_rng(0).standard_normal(len(wav), np.float32)
         noisy = wav + 0.1 * wav.std() * noise
-        found.append(evaluation.stressed_word((noisy, plain(spoken), ASSISTANT)))
+        found.append(stressed_word((noisy, plain(spoken), ASSISTANT)))
     assert found[0] == right and found[1] != right
 
 
-def test_stress_is_judged_where_one_word_answers(monkeypatch):
-    """Of the exact replies; silent ones stress nothing, and other replies do not count."""
-    pool = SimpleNamespace(Pool=lambda processes: ThreadPool(1))        # without the seconds to start one
-    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda method: pool)
-
-    def said(spoken, aloud, **more):
-        wav = librosa.resample(speak(aloud, ASSISTANT), orig_sr=16000, target_sr=24000)
-        return turn(reference=plain(spoken), text=plain(spoken), spoken=spoken, wav=wav) | more
+def test_stress_is_judged_where_one_word_answers():
+    """Silent replies stress nothing; where two words answer, or none, nothing is judged."""
+    def said(spoken, aloud):
+        return speak(aloud, ASSISTANT), plain(spoken), spoken
     last, first = REPLIES[5], REPLIES[6]
-    turns = [said(last, last), said(first, first),
-             said(first, "Rome is the capital of <stress>Italy</stress>."),
-             said(last, last, wav=np.zeros(0, np.float32)),
-             said(first, first, text="Athens is the capital of Italy."),          # not exact
-             said("<stress>A frog</stress> is green.", "A frog is green."),       # two words
-             said("I am fine, thank you.", "I am fine, thank you.")]
-    assert evaluation.judge_stress(turns, 24000, ASSISTANT) == {
-        "stressed_replies": 4, "stress": 50, "stressed_not_last_replies": 2, "stress_not_last": 50}
-    assert evaluation.judge_stress(turns[-1:], 24000, ASSISTANT) == {}
+    replies = [said(last, last), said(first, first),
+               said(first, "Rome is the capital of <stress>Italy</stress>."),
+               (np.zeros(0, np.float32), plain(last), last),
+               said("<stress>A frog</stress> is green.", "A frog is green."),
+               said("I am fine, thank you.", "I am fine, thank you.")]
+    assert stress(ThreadPool(1), replies, ASSISTANT) == [
+        (True, True), (True, False), (False, False), (False, True), None, None]
 
 
 # ------------------------------------------------------------------------------------------ other corpora
@@ -194,8 +364,8 @@ def test_stress_is_judged_where_one_word_answers(monkeypatch):
     ({"source": "tiny", "tts": None, "assistant": "v"}, None, ("tiny/qwen2", "v"), ""),
     ({"source": "tiny", "tts": "say {wav}", "assistant": "v"}, None, ("tiny/qwen2", None), "synthesizer"),
     ({"source": "text", "tts": None, "assistant": "v"}, "tiny/qwen2", ("tiny/qwen2", None), "synthesizer"),
-    ({"source": "folder", "tts": None, "assistant": "v"}, None, (None, None), "exact_typed is left out"),
-    (None, None, (None, None), "exact_typed is left out"),     # a datasets folder of the same columns
+    ({"source": "folder", "tts": None, "assistant": "v"}, None, (None, None), "typed_before is left out"),
+    (None, None, (None, None), "typed_before is left out"),     # a datasets folder of the same columns
 ], ids=str)
 def test_only_the_embedded_corpus_says_what_to_compare_with(tmp_path, capsys, meta, llm, expected, left_out):
     """Another corpus must not be judged with the embedded world's Qwen2 and synthesizer silently."""
@@ -219,8 +389,8 @@ def test_questions_are_padded_as_in_training(monkeypatch, pad_audio, frames):
         seen.extend(clip.shape[1] for clip in clips)
         return submit(engine, ids, clips, **more)
     monkeypatch.setattr(evaluation.Engine, "submit", remember)
-    turns, _ = evaluation.answer_all(omni, tokenizer, None, [row()], EvalConfig())
-    assert seen == [frames] and len(turns) == 1
+    (answered,) = evaluation.answer_all(omni, tokenizer, None, [row()], [0], EvalConfig())
+    assert seen == [frames] and len(answered[1]) == 1
 
 
 @pytest.mark.parametrize("keep,spoken,files", [
@@ -236,12 +406,13 @@ def test_the_picture_needs_no_spoken_reply(tmp_path, monkeypatch, capsys, keep, 
     (run / "meta.json").write_text(json.dumps({"log": log}))
     monkeypatch.setattr(evaluation.checkpoint, "newest_checkpoint", str)
     cfg = EvalConfig(out=str(out), runs=(str(run),), keep=keep)
-    said = turn() if spoken else turn(wav=np.zeros(0, np.float32), heard_bigram="")
-    evaluation.write(cfg, [row()], [said], judge_text([said], None), 16000)
-    assert {path.name for path in out.iterdir()} == files | {"eval.json", "gallery.md", "demo.png"}
+    said = turn(sound="a.flac" if spoken else None)
+    soundfile.write(out / "a.flac", np.full(16000, 0.1), 16000)
+    evaluation.write(cfg, [row()], [said], judge_text([said], "world") | {"s2t": (1.0, 0.0, 1.0)})
+    written = {"results.json", "report.md", "report.html", "figures.png", "gallery.md", "demo.png", "a.flac"}
+    assert {path.name for path in out.iterdir()} == files | written | ({"replies.png"} if spoken else set())
     for name in files:
         assert len(soundfile.read(out / name)[0]) > 8000
     assert (out / "demo.png").stat().st_size > 5000
     assert ("a question with its reply" in capsys.readouterr().out) == (keep > 0 and spoken)
-    figures = json.loads((out / "eval.json").read_text())
-    assert figures["exact"] == 100 and "wav" not in figures["replies"][0]
+    assert read_json(out, "results.json")["turns"][0]["text"] == "It is Paris."

@@ -74,7 +74,7 @@ def test_three_stages_and_a_reply(world):
     run(sys.executable, "eval.py", "--ckpt", world / "stage2", *sound, "--llm", world / "tiny/qwen2",
         "--dialogues", 2, "--out", world / "eval", "--runs", runs)
     assert (world / "eval/demo.png").stat().st_size > 10000
-    assert read_json(world / "eval", "eval.json")["turns"] > 0
+    assert read_json(world / "eval", "results.json")["figures"]["turns"][0] > 0
     for name in re.findall(r"\]\((\S+)\)", (world / "eval/gallery.md").read_text()):
         assert len(soundfile.read(world / "eval" / name)[0]) > 1600
 

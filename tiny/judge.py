@@ -5,6 +5,8 @@ Why: which word of a reply answers the question, only the LLM's states tell the 
 down words, not stress, so here the speech is compared with espeak-ng's own, in which this word, or another
 one, is stressed.
 """
+import functools
+
 import librosa
 import numpy as np
 import torch
@@ -40,6 +42,12 @@ def contour(wav):
     return np.vstack([mel, 0.3 * (pitch - np.median(pitch))])
 
 
+@functools.cache
+def spoken_contour(text, voice):
+    """The contour of espeak-ng's speech. Many replies have the same text."""
+    return contour(speak(text, voice))
+
+
 def stressed_word(job):
     """(wav (samples,) at 16 kHz, text, espeak-ng's voice) -> which word of the text is stressed, from 0: the
     one whose stressed rendering by espeak-ng is the nearest. None if there is less sound than 0.1 s.
@@ -56,7 +64,7 @@ def stressed_word(job):
     for i, token in enumerate(tokens):
         word = token.rstrip(".,?!")
         marked = f"<stress>{word}</stress>{token[len(word):]}"
-        theirs = contour(speak(" ".join([*tokens[:i], marked, *tokens[i + 1:]]), voice))
+        theirs = spoken_contour(" ".join([*tokens[:i], marked, *tokens[i + 1:]]), voice)
         same_tempo = F.interpolate(ours[None], theirs.shape[1], mode="linear")[0].numpy()
         costs = librosa.sequence.dtw(same_tempo, theirs, weights_add=np.array([0, 3, 3]), backtrack=False)
         distances.append(costs[-1, -1])
