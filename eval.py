@@ -25,8 +25,9 @@ How: python eval.py --ckpt out/tiny_stage2
      python eval.py --ckpt out/stage2 --set voicebench/openbookqa --path folder
      python eval.py --compare out/eval_a,out/eval_b
 omni/sets.py lists the sets. The folder gets results.json, report.md, report.html (every reply, with its
-sound, the worst first), gallery.md and pictures. Several processes share the questions (accelerate launch
-eval.py). What is answered is kept: the same command after a kill goes on, and gives the same figures.
+sound, the worst first), gallery.md and pictures. Several processes share the questions (torchrun
+--nproc_per_node 2 eval.py ...). What is answered is kept: the same command after a kill goes on, and gives
+the same figures.
 """
 import itertools
 import json
@@ -267,8 +268,9 @@ def hear(kept, jobs, recognize):
     """Transcribe what is not in `kept` yet. jobs: {key: function that gives the sound};  recognize: sounds ->
     yields texts."""
     missing = [key for key in jobs if key not in kept]
-    if missing:
-        for key, text in zip(missing, recognize([jobs[key]() for key in missing])):
+    if missing:                                       # all, since espeak-ng varies with what it said before
+        sounds = {key: make() for key, make in jobs.items()}
+        for key, text in zip(missing, recognize([sounds[key] for key in missing])):
             kept.add(key, text)
 
 
@@ -559,7 +561,10 @@ def main():
     if cfg.compare:
         return compare(*cfg.compare)
     torch.manual_seed(cfg.seed)
-    state = accelerate.PartialState()
+    no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    state = accelerate.PartialState(cpu=no_gpu)       # said aloud, or it ignores torchrun on CPU
+    if no_gpu:
+        torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))
     device = state.device
     for run in cfg.runs:
         if not checkpoint.newest_checkpoint(run):
@@ -573,14 +578,13 @@ def main():
         open_folder(cfg, rows, state)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
-    if state.is_main_process and codec:               # early: its processes take seconds to start
-        pool = multiprocessing.get_context("spawn").Pool(os.cpu_count())
     # bf16 on a GPU as the official code; on a CPU figures shall not depend on how fast it is
     quicken(omni.eval().to(device), [torch.bfloat16 if device.type == "cuda" else torch.float32])
     answer_missing(cfg, rows, omni, tokenizer, codec, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
+    pool = multiprocessing.get_context("spawn").Pool(os.cpu_count()) if codec else None
     lines = answered(cfg)
     turns = list(itertools.chain.from_iterable(lines[d]["turns"] for d in range(len(rows))))
     for turn in turns:

@@ -57,8 +57,7 @@ def language_model(texts, bigram, discount=0.5):
 
 @functools.cache
 def sphinx(arpa):
-    """A pocketsphinx decoder; arpa None: its own language model. It normalizes each clip by itself, so their
-    order does not matter."""
+    """A pocketsphinx decoder; arpa None: its own language model."""
     from pocketsphinx import Decoder, get_model_path
     options = {"hmm": get_model_path("en-us/en-us"), "dict": get_model_path("en-us/cmudict-en-us.dict"),
                "cmn": "batch", "loglevel": "FATAL"}
@@ -80,6 +79,7 @@ def transcribe(job):
     room = np.random.default_rng(0).normal(0, 1e-3, len(wav) + 6400)       # 0.2 s before and after the clip
     room[3200:-3200] += wav
     pcm = (np.clip(room, -1, 1) * 32767).astype(np.int16)
+    decoder.reinit_feat()                             # or what it hears depends on the clips before
     decoder.start_utt()
     decoder.process_raw(pcm.tobytes(), full_utt=True)
     decoder.end_utt()

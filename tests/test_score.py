@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from omni.recognize import language_model
+from omni.espeak import ASSISTANT, plain, speak
+from omni.recognize import language_model, transcribe
 from omni.score import (
     choice,
     difference,
@@ -22,6 +23,7 @@ from omni.score import (
     word_error_rate,
     yes_or_no,
 )
+from tiny import world
 
 
 @pytest.mark.parametrize("reference,hypothesis,wrong,length", [
@@ -74,6 +76,17 @@ def test_language_model_is_a_distribution():
             assert sum(seen.values()) + 10 ** float(back_off[0]) * rest == pytest.approx(1, abs=1e-3)
     loop = language_model(["The red cat.", "A cat sat."], False).splitlines()
     assert loop[1] == "ngram 1=7" and f"{math.log10(1 / 7):.4f} cat" in loop and "\\2-grams:" not in loop
+
+
+def test_what_is_heard_does_not_depend_on_the_clips_before():
+    """Pocketsphinx keeps a state from clip to clip, which would let the number of processes change figures."""
+    made = world.dialogues(1, {"train": 300, "validation": 0, "test": 0}, (), False)
+    replies = [plain(reply) for row in made for reply in row["spoken"]]
+    arpa = language_model(replies, False)
+    clips = [speak(text, ASSISTANT) for text in sorted(set(replies))[::10]]
+    forward = [transcribe((clip, arpa)) for clip in clips]
+    backward = [transcribe((clip, arpa)) for clip in clips[::-1]]
+    assert forward == backward[::-1] and any(forward)
 
 
 @pytest.mark.parametrize("text, option", [
