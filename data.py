@@ -2,7 +2,7 @@
 Build the corpus that train.py reads; lay out its rows; make batches of them.
 
 Why: a spoken dialogue becomes three things that a network can learn from: the user's speech, the text of the
-reply, and the reply's speech as units (25 integers a second). Dialogues come from four sources, and what a
+reply, and the reply's speech as units (25 integers a second). Dialogues come from many sources, and what a
 source lacks is made: a synthesizer says what was not recorded, a codec turns the replies' speech into units.
 
     source        the dialogues                     the user's speech       the replies' units
@@ -10,19 +10,18 @@ source lacks is made: a synthesizer says what was not recorded, a codec turns th
     instructs2s   the released JSON                 its recordings or none  from the JSON
     folder        --path, a JSONL or CSV file       your recordings         your recordings or --tts, --codec
     text          --path, a JSONL or CSV file       --tts, several voices   --tts, --codec
+    vocalnet, slam, hub: corpora of others, see omni/others.py
 
 How: python data.py                          builds the embedded corpus in corpus/tiny
      python data.py config/data_folder.py    your own; the config files say what the input looks like
      python data.py --show 0                 prints row 0 as training sees it
-A killed build continues with the shards that are missing. Ranks share the shards, also across machines that
-see the folder: `accelerate launch data.py ...`, without GPUs `torchrun`, or `RANK=0 WORLD_SIZE=2 python
-data.py ...` on the first of two machines. A row is a dialogue:
-    id, voice, topics [str], users [str], speech [audio], samples [int], replies [str], spoken [str],
-    answers [str], units [[int]]
-where speech holds WAV bytes or a path below audio_root, samples is its length at 16 kHz, spoken is the reply
-with marks for how it is said (omni/espeak.py), and an answer is the part of a reply that makes it right, for
-eval.py ("Paris"). What cannot be trained on is left out, counted, and listed with its reason in
-left_out.jsonl. How a corpus is built is in omni/corpus.py; this file is what training reads it with.
+A killed build continues with the shards that are missing. Ranks share them, also across machines that see the
+folder: `torchrun data.py ...`, or `RANK=0 WORLD_SIZE=2 python data.py ...` on the first of two. A row is a
+dialogue: id, voice, topics [str], users [str], speech [audio], samples [int], replies [str], spoken [str],
+answers [str], units [[int]]. speech holds WAV bytes or a path below audio_root, samples is its length at 16
+kHz, spoken is the reply with marks for how it is said (omni/espeak.py), and an answer is the part of a reply
+that makes it right, for eval.py ("Paris"). What cannot be trained on is left out, counted, and listed with
+its reason in left_out.jsonl. How a corpus is built is in omni/corpus.py; here is what training reads it with.
 """
 import atexit
 import functools
@@ -48,9 +47,10 @@ from omni.espeak import ASSISTANT
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "tiny"               # tiny (the embedded world), instructs2s, folder or text: see above
+    source: str = "tiny"               # tiny (the embedded world), instructs2s, folder, text ...: see above
     out_dir: str = "corpus/tiny"       # where the corpus goes
     path: str | None = None            # all but tiny: the dialogues, a .json array, a .jsonl or a .csv file
+    columns: tuple[str, ...] = ()      # hub: which column is what, as in users=question,replies=answer
     audio_root: str | None = None      # the folder of the recordings; without it instructs2s gets no speech
     tts: str | None = None             # command: says stdin or {text} into {wav}, in {voice}; none: espeak-ng
     voices: tuple[str, ...] = ()       # text, tiny: the users', one a dialogue; none: those of omni/espeak.py
@@ -81,8 +81,8 @@ class DataConfig:
             raise ValueError("limit must be 0 or more, held_out at least 0 and below 0.5")
         if self.source != "tiny" and not self.path:
             raise ValueError(f"source {self.source} needs --path, the file with the dialogues")
-        if self.source == "folder" and not self.audio_root:
-            raise ValueError("source folder needs --audio_root, the folder that the recordings are in")
+        if self.source in ("folder", "vocalnet", "slam") and not self.audio_root:
+            raise ValueError(f"source {self.source} needs --audio_root, the folder of its recordings")
         if self.tts is not None:
             words = shlex.split(self.tts)              # its ValueError names an open quotation mark
             if "{wav}" not in self.tts or not shutil.which(words[0]):

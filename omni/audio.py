@@ -7,6 +7,7 @@ else, so every bad recording is refused with one line, before it reaches a netwo
 """
 import io
 import os
+import tempfile
 
 import librosa
 import numpy as np
@@ -51,6 +52,17 @@ def read_audio(path):
     if not 1e-4 < np.abs(wav).max(initial=0) < 1e4:   # NaN and infinity fail this too
         raise ValueError(f"{path}: it is silent or holds no numbers; record again, closer to the microphone")
     return torch.from_numpy(librosa.resample(wav, orig_sr=rate, target_sr=SAMPLE_RATE))
+
+
+def read_audio_bytes(data, name):
+    """The same for the bytes of a file, which errors call `name`."""
+    with tempfile.NamedTemporaryFile(suffix=os.path.splitext(name)[1]) as file:
+        file.write(data)
+        file.flush()
+        try:
+            return read_audio(file.name)
+        except ValueError as e:
+            raise ValueError(str(e).replace(file.name, name)) from e
 
 
 def wav_bytes(wav):

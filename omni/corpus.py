@@ -46,14 +46,16 @@ import ijson
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_from_disk
 
-from omni.audio import SAMPLE_RATE, UNIT_RATE, UNIT_VOCAB, read_audio, wav_bytes
+from omni import others
+from omni.audio import SAMPLE_RATE, UNIT_RATE, UNIT_VOCAB, read_audio, read_audio_bytes, wav_bytes
 from omni.augment import CONDITIONS, augment
 from omni.codec import load_encoder
 from omni.configure import did_you_mean, fail
 from omni.espeak import draw_voice, plain, speak
 from omni.files import read_json, replace_file, replace_folder, sha256
 
-SOURCES = ("tiny", "instructs2s", "folder", "text")
+SOURCES = ("tiny", "instructs2s", "folder", "text", "vocalnet", "slam", "hub")
+WITH_UNITS = ("instructs2s", "vocalnet")              # sources whose replies are units already
 SPLITS = ("train", "validation", "test")
 FEATURES = Features({
     "id": Value("string"),
@@ -86,6 +88,9 @@ def records(cfg):
 
         counts = {split: getattr(cfg, split) for split in SPLITS}
         yield from world.dialogues(cfg.seed, counts, cfg.voices, cfg.people)
+        return
+    if cfg.source == "hub":
+        yield from itertools.islice(others.hub_rows(cfg.path, cfg.columns), cfg.limit or None)
         return
     try:
         with open(cfg.path, encoding="utf-8-sig", newline="") as file:
@@ -164,6 +169,14 @@ def parse(cfg, record):
         return record
     if cfg.source == "instructs2s":
         return parse_instructs2s(record)
+    if cfg.source in ("vocalnet", "slam", "hub"):
+        try:
+            if cfg.source == "vocalnet":
+                return others.vocalnet(record, partial(whole_path, cfg))
+            return others.slam(record) if cfg.source == "slam" else others.hub(record)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            why = f"there is no {e}" if isinstance(e, KeyError) else str(e)
+            raise LeftOut("a record of another form, or without its units", why[:200]) from e
     return parse_turns(record, hear=cfg.source == "folder", table=cfg.path.endswith(".csv"))
 
 
@@ -250,10 +263,19 @@ def below_root(cfg, path):
     return os.path.relpath(whole, root)
 
 
+def whole_path(cfg, path):
+    return os.path.join(cfg.audio_root, below_root(cfg, path))
+
+
 def recording(cfg, path):
-    """Read a recording below audio_root -> float32 tensor (samples,) at 16 kHz. Raises LeftOut."""
+    """Read a recording, a path below audio_root or a hub's {"bytes", "path"} -> float32 tensor (samples,) at
+    16 kHz. Raises LeftOut."""
     try:
-        return read_audio(os.path.join(cfg.audio_root, below_root(cfg, path)))
+        if isinstance(path, dict) and path.get("bytes"):
+            return read_audio_bytes(path["bytes"], path.get("path") or "a sound")
+        if isinstance(path, dict):
+            path = path.get("path")
+        return read_audio(whole_path(cfg, path))
     except ValueError as e:
         raise LeftOut("unreadable audio", str(e)) from e
 
@@ -363,24 +385,30 @@ def make_row(cfg, encode, number, record):
     n = len(replies)
     split = turns.get("split") or split_by_name(name, cfg.held_out)
     voice = turns.get("voice", "")
-    if cfg.source == "text":
+    recorded = cfg.source not in ("tiny", "text") and (turns.get("speech") or cfg.source == "folder")
+    if not recorded and cfg.source not in ("tiny", "instructs2s"):
         rng = random.Random(f"{cfg.seed} {name}")
         voice = rng.choice(cfg.voices) if cfg.voices else draw_voice(rng, split)
 
     speech, samples = [], []                          # they stay empty for a released JSON without recordings
-    if cfg.source in ("tiny", "text"):
+    if not recorded and cfg.source != "instructs2s":
         for t, (text, of_turn) in enumerate(zip(users, turns.get("voices") or [voice] * n)):
             wav = synthesize(cfg, text, of_turn)
             if cfg.source == "tiny":
                 wav = degrade(cfg, wav, split, f"{cfg.seed} {name} {t}")
             speech.append({"bytes": wav_bytes(wav.numpy()), "path": None})
             samples.append(len(wav))
-    elif cfg.audio_root:
+    elif cfg.audio_root or cfg.source == "hub":
         for path in turns["speech"]:
-            speech.append({"bytes": None, "path": below_root(cfg, path)})
-            samples.append(len(recording(cfg, path)))
+            wav, kept = recording(cfg, path), {"bytes": None, "path": path}
+            if isinstance(path, dict):                # it came inside of its row, and stays in ours
+                kept["bytes"], kept["path"] = wav_bytes(wav.numpy()), None
+            else:
+                kept["path"] = below_root(cfg, path)
+            speech.append(kept)
+            samples.append(len(wav))
 
-    if cfg.source == "instructs2s":
+    if "units" in turns:
         units = [to_units(u) for u in turns["units"]]
     else:
         units = []
@@ -464,7 +492,7 @@ def build_shards(cfg, processes, process):
     rank = int(os.environ.get("RANK", 0))             # as accelerate and torchrun set them
     world = int(os.environ.get("WORLD_SIZE", 1))
     encode = None
-    if cfg.source != "instructs2s":
+    if cfg.source not in WITH_UNITS:
         encode = load_encoder(cfg.codec)
     number = -1
     shards = itertools.groupby(enumerate(records(cfg)), lambda numbered: numbered[0] // cfg.shard)
@@ -522,12 +550,12 @@ def try_tools(cfg):
     A codec that does not load would stop every process, and a synthesizer that cannot say one word would cost
     all the rows.
     """
-    if cfg.source != "instructs2s":
+    if cfg.source not in WITH_UNITS:
         try:
             load_encoder(cfg.codec)
         except (OSError, ValueError, RuntimeError) as e:
             fail(e)
-    if cfg.source != "instructs2s":
+    if cfg.source not in WITH_UNITS:
         for voice in (*cfg.voices, cfg.assistant):
             try:
                 synthesize(cfg, "Hello.", voice)
@@ -544,9 +572,9 @@ def claim(cfg):
     settings = asdict(cfg)
     for key in ("processes", "out_dir", "show", "llm"):                # these do not change the corpus
         settings.pop(key, None)
-    if cfg.source != "tiny":                          # hashes: what counts is the content of a file
+    if cfg.source not in ("tiny", "hub"):             # hashes: what counts is the content of a file
         settings["path_sha256"] = hash_of("path", cfg.path, "the file of the dialogues")
-    if cfg.source != "instructs2s":
+    if cfg.source not in WITH_UNITS:
         file = cfg.codec
         if os.path.isdir(file):                       # CosyVoice 2; only its tokenizer makes units
             file = os.path.join(file, "speech_tokenizer_v2.onnx")

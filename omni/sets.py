@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import soundfile
 
-from omni.audio import read_audio, wav_bytes
+from omni.audio import read_audio, read_audio_bytes, wav_bytes
 from omni.espeak import speak
 from omni.files import replace_file
 
@@ -126,14 +126,7 @@ def read_sound(value, folder):
     if isinstance(value, dict):
         data, value = value.get("bytes"), value.get("path")
         if data:
-            import tempfile
-            with tempfile.NamedTemporaryFile(suffix=os.path.splitext(value or "")[1]) as file:
-                file.write(data)
-                file.flush()
-                try:
-                    return wav_bytes(read_audio(file.name).numpy())
-                except ValueError as e:
-                    raise ValueError(str(e).replace(file.name, value or "its sound")) from e
+            return wav_bytes(read_audio_bytes(data, value or "its sound").numpy())
     if not value:
         return None
     return wav_bytes(read_audio(os.path.join(folder, str(value))).numpy())

@@ -79,7 +79,7 @@ def test_language_model_is_a_distribution():
 
 
 def test_what_is_heard_does_not_depend_on_the_clips_before():
-    """Pocketsphinx keeps a state from clip to clip, which would let the number of processes change figures."""
+    """Pocketsphinx keeps a state from clip to clip: the number of processes would change figures."""
     made = world.dialogues(1, {"train": 300, "validation": 0, "test": 0}, (), False)
     replies = [plain(reply) for row in made for reply in row["spoken"]]
     arpa = language_model(replies, False)
