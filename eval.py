@@ -67,6 +67,7 @@ class EvalConfig:
     ckpt: str = "out/tiny_stage2"      # a run's folder, a checkpoint, or hf:owner/name on the hub
     set: str = "tiny"                  # which questions, see omni/sets.py
     path: str | None = None            # where they are; none: on the hub
+    tts: str | None = None             # command that reads aloud questions without sound, as in data.py
     corpus: str = "corpus/tiny"        # set tiny: the corpus whose dialogues are held ...
     split: str = "test"                # ... and which split; take validation while you tune
     dialogues: int = 0                 # how many; 0: 200 of the set tiny, all of another
@@ -106,7 +107,7 @@ class EvalConfig:
 def read_questions(cfg):
     """(rows in the form of a corpus, the rule by which a reply is right). Raises ValueError."""
     if cfg.set != "tiny":
-        return read_set(cfg.set, cfg.path, cfg.dialogues)
+        return read_set(cfg.set, cfg.path, cfg.dialogues, cfg.tts)
     rows = load_corpus(cfg.corpus, cfg.split)
     if cfg.topics:
         wanted = set(cfg.topics)
@@ -511,8 +512,8 @@ def find_originals(cfg):
 
 def settings_of(cfg, rows):
     """What decides the answers: no others may be mixed with them."""
-    keys = ("ckpt", "set", "path", "corpus", "split", "dialogues", "codec", "voice", "text", "max_tokens",
-            "max_units", "temperature", "top_p", "repeats", "seed")
+    keys = ("ckpt", "set", "path", "tts", "corpus", "split", "dialogues", "codec", "voice", "text",
+            "max_tokens", "max_units", "temperature", "top_p", "repeats", "seed")
     newest = checkpoint.newest_checkpoint(cfg.ckpt) or cfg.ckpt
     weights = os.path.join(newest, "model.safetensors")
     mark = sha256(weights) if os.path.exists(weights) else newest

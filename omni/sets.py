@@ -12,12 +12,15 @@ JSON, CSV) whose sounds are paths beside it.
 import glob
 import json
 import os
+import subprocess
+import tempfile
 
 import datasets
 import numpy as np
 import soundfile
 
 from omni.audio import read_audio, read_audio_bytes, wav_bytes
+from omni.corpus import run_synthesizer
 from omni.espeak import speak
 from omni.files import replace_file
 
@@ -132,11 +135,20 @@ def read_sound(value, folder):
     return wav_bytes(read_audio(os.path.join(folder, str(value))).numpy())
 
 
-def read_set(name, path, limit=None, typed=False):
+def read_aloud(text, tts):
+    """A question's sound (n,) at 16 kHz. Raises OSError, ValueError or RuntimeError."""
+    if tts is None:
+        return speak(text, READER)
+    with tempfile.TemporaryDirectory() as folder:
+        return run_synthesizer(tts, text, "", os.path.join(folder, "speech.wav")).numpy()
+
+
+def read_set(name, path, limit=None, tts=None):
     """A set's rows in the form of a corpus, one turn each. A row that cannot be asked has its reason in
     "error", and counts as wrong.
 
-    Returns (rows, rule). Raises ValueError in one line.
+    tts      the command that reads aloud what has no sound, as data.py takes it; none: espeak-ng
+    Returns  (rows, rule). Raises ValueError in one line.
     """
     if name not in SETS:
         raise ValueError(f"--set {name}: known are tiny, {', '.join(SETS)}")
@@ -150,16 +162,15 @@ def read_set(name, path, limit=None, typed=False):
         names.add(id)
         references, error, sound = texts_of(field(row, "references")), None, None
         try:
-            if not typed:
-                sound = read_sound(field(row, "sound"), folder)
+            sound = read_sound(field(row, "sound"), folder)
             if sound is None and not isinstance(user, str):
                 raise ValueError(f"it has neither sound ({', '.join(FIELDS['sound'])}) nor text "
                                  f"({', '.join(FIELDS['user'])})")
-            if sound is None and not typed:           # read aloud
-                sound = wav_bytes(speak(user, READER))
+            if sound is None:
+                sound = wav_bytes(read_aloud(user, tts))
             if rule in ("occurs", "choice", "task") and not references:
                 raise ValueError(f"it has no reference ({', '.join(FIELDS['references'])})")
-        except (OSError, ValueError, RuntimeError, soundfile.LibsndfileError) as e:
+        except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as e:
             error = str(e).splitlines()[0]
         about = {key: x for key, x in row.items() if isinstance(x, (str, int, float, bool, list, type(None)))}
         rows.append({"id": id, "users": [user or ""], "speech": [{"bytes": sound, "path": None}],

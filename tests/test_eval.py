@@ -190,6 +190,46 @@ def test_every_row_is_counted_and_reported(monkeypatch, nano, tmp_path, capsys):
     assert {"figures.png", "replies.png", "gallery.md"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("name, columns, rows", [
+    ("llama-questions", {"question": ["a", "b"], "Answer": ["x", "y"]}, 2),
+    ("web-questions", {"question": ["a"], "answers": [["x", "y"]]}, 1),
+    ("triviaqa", {"question": ["a"], "answer": ['{"value": "x", "aliases": []}']}, 1),
+    ("voicebench/openbookqa", {"prompt": ["a"], "reference": ["B"]}, 1),
+    ("voicebench/bbh", {"prompt": ["a"], "reference": ["yes"], "id": ["navigate_1"]}, 1),
+    ("voicebench/ifeval", {"prompt": ["a"], "instruction_id_list": [["punctuation:no_comma"]],
+                           "kwargs": ["[{}]"]}, 1),
+    ("voicebench/advbench", {"prompt": ["a"]}, 1), ("voicebench/alpacaeval", {"prompt": ["a"]}, 1),
+    ("uro", {"source_text": ["a"], "target_text": ["x"]}, 1)])
+def test_sets_of_every_form(monkeypatch, nano, tmp_path, name, columns, rows):
+    """From a folder to the report and the forms of the set's own scripts; published figures beside ours."""
+    made = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    results = evaluate(monkeypatch, nano, tmp_path / "out", "--set", name, "--path", tmp_path / "set")
+    assert results["figures"]["turns"] == [rows] and results["figures"]["not answered"] == [0]
+    judged = [turn["right"] for turn in results["turns"]]
+    assert judged == [None] if name.endswith("alpacaeval") else None not in judged
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    if name.startswith("voicebench"):
+        assert f"checkpoint-{name.split('/')[1]}-test-audio.jsonl" in written
+    if name == "uro":
+        assert {"pred_text.jsonl", "question_text.jsonl", "gt_text.jsonl", "audio"} <= written
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert ("LLaMA-Omni2-14B" in text) == (name in ("llama-questions", "web-questions"))
+
+
+def test_another_synthesizer_reads_aloud(monkeypatch, nano, tmp_path):
+    """The command of --tts, as data.py takes it: what it wrote is what is asked."""
+    (tmp_path / "set.jsonl").write_text('{"question": "Who?", "answer": "a"}\n')
+    soundfile.write(tmp_path / "said.wav", np.full(8000, 0.25), 16000)
+    rows, _ = evaluation.read_questions(EvalConfig(set="jsonl", path=str(tmp_path / "set.jsonl"),
+                                                   tts=f"cp {tmp_path / 'said.wav'} {{wav}}"))
+    assert evaluation.clips(rows[0])[0].numpy() == pytest.approx(0.25, abs=1e-4) and rows[0]["error"] is None
+    rows, _ = evaluation.read_questions(EvalConfig(set="jsonl", path=str(tmp_path / "set.jsonl"),
+                                                   tts="false {wav}"))
+    assert rows[0]["error"]
+
+
 def test_compare(monkeypatch, nano, tmp_path, capsys):
     """A pair that differs in one reply: its difference, and which reply it is."""
     results = evaluate(monkeypatch, nano, tmp_path / "a")
