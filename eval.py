@@ -52,10 +52,9 @@ from omni.audio import SAMPLE_RATE, log_mel
 from omni.codec import load_codec
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
-from omni.critic import scores
 from omni.engine import Engine, quicken
 from omni.files import Lines, read_json, replace_file, sha256
-from omni.recognize import by_sphinx, by_whisper, language_model
+from omni.judges import by_sphinx, by_whisper, language_model, scores
 from omni.score import difference, errors, interval, is_right, ratio
 from omni.sets import published, read_set, write_forms
 

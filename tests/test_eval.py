@@ -17,7 +17,7 @@ from datasets import Dataset
 
 import eval as evaluation
 from eval import EvalConfig, find_originals, judge_speech, judge_text, judge_world, pace
-from omni import critic, report
+from omni import judges, report
 from omni.audio import wav_bytes
 from omni.espeak import ASSISTANT, plain, speak
 from omni.files import Lines, read_json
@@ -286,7 +286,7 @@ def test_a_judge_that_fails_costs_its_scores_alone(tmp_path):
     assert evaluation.judge_answers(cfg, turns, kept)["score_s2t"] == (4, 4, 4)
     assert "one" not in Judge.asked and "two" in Judge.asked
     server.shutdown()
-    assert critic.score_of('{"score": 7}') is None and critic.score_of('```{"score": "3"}```') == 3
+    assert judges.score_of('{"score": 7}') is None and judges.score_of('```{"score": "3"}```') == 3
 
 
 def test_utmos_from_a_file(tmp_path):

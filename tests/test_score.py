@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from omni.espeak import ASSISTANT, plain, speak
-from omni.recognize import language_model, transcribe
+from omni.judges import language_model, transcribe
 from omni.score import (
     choice,
     difference,

@@ -1,18 +1,24 @@
 """
-What does a listener hear? Recognizers that were not trained here turn spoken replies into text.
+Who judges a reply: recognizers, which turn speech into text, and a language model, which gives a score.
 
 Why: the paper judges speech by what Whisper-large-v3 hears (section 4.2). A recognizer errs too, and one that
-knows the language well guesses what was not said; so which one it was belongs to every figure.
+knows the language well guesses what was not said; so which one it was belongs to every figure. Whether an
+answer to an open question is good, no rule can say. The paper asks GPT-4o for a score of 1 to 5. Such scores
+depend on the judge and its prompt; ours is in our own words, so they compare with each other, not with the
+paper's.
 
     pocketsphinx            with a language model of given texts, bigrams or all words equally likely: the
                             judge of the embedded world; without texts its own, of general English
     whisper:NAME_OR_FILE    a Whisper of any size ("large-v3" is downloaded), or a file
+    scores                  any endpoint that speaks OpenAI's chat completions
 """
 import functools
 import math
+import os
 import re
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import whisper
@@ -20,6 +26,17 @@ from tqdm import tqdm
 
 from omni.score import words
 
+PROMPT = """You judge the answer of a voice assistant. It was spoken, and you read what was said.
+
+Question: {question}
+Answer: {answer}
+
+Give a whole number from 1 to 5 for how good the answer is as a spoken one: 5 is correct, to the point and
+easy to follow by ear; 3 is usable with flaws; 1 is wrong, empty, off the question or impossible to listen to.
+Reply with JSON alone: {{"score": number}}"""
+
+
+# ------------------------------------------------------------------------------------------------ recognizers
 
 def language_model(texts, bigram, discount=0.5):
     """The words of some texts as a language model for pocketsphinx, in ARPA format.
@@ -102,3 +119,31 @@ def by_whisper(wavs, name, device):
             yield model.transcribe(np.asarray(wav, np.float32), **options)["text"].strip()
         else:
             yield ""
+
+
+# ------------------------------------------------------------------------------------------- a language model
+
+def score_of(answer):
+    """The score in a judge's answer, 1 to 5, or None."""
+    found = re.search(r'"score"\s*:\s*"?([1-5])(?:\.0)?\b', answer or "")
+    return found and int(found[1])
+
+
+def scores(pairs, address, model, timeout=60):
+    """[(question, answer)] -> yields (score 1 to 5 or None, what the judge said or why it did not), in order.
+    A judge that times out or answers nonsense costs one score, nothing else. The key is OPENAI_API_KEY."""
+    import openai
+    client = openai.OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                           timeout=timeout, max_retries=2)
+
+    def ask(pair):
+        prompt = PROMPT.format(question=pair[0], answer=pair[1])
+        try:
+            reply = client.chat.completions.create(model=model, temperature=0, max_tokens=200,
+                                                   messages=[{"role": "user", "content": prompt}])
+            said = reply.choices[0].message.content or ""
+        except (openai.OpenAIError, IndexError) as e:
+            return None, f"{type(e).__name__}: {e}"
+        return score_of(said), said
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(ask, pairs)
