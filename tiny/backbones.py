@@ -50,7 +50,6 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from eval import language_model, transcribe_all, word_error_rate
 from model import IGNORE, SpeechEncoder
 from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE
 from omni.augment import CONDITIONS, augment
@@ -58,7 +57,9 @@ from omni.checkpoint import load_whisper
 from omni.configure import configure, fail
 from omni.espeak import ACCENTS, ASSISTANT, UNSEEN_ACCENT, draw_voice, plain, speak
 from omni.files import replace_folder
+from omni.judges import by_sphinx, language_model
 from omni.packing import round_up
+from omni.score import word_error_rate
 from tiny import voices
 from tiny.codec import NanoCodec
 from tiny.unclear import draw_unclear, voice_of
@@ -272,8 +273,8 @@ def measure_codec(cfg, rng, codec):
     with processes() as pool:
         for judge, bigram in (("bigram", True), ("word loop", False)):
             arpa = language_model([plain(text) for text in replies(rng, "train", 2000)], bigram)
-            before = 100 * word_error_rate(unseen, transcribe_all(pool, original, arpa))
-            after = 100 * word_error_rate(unseen, transcribe_all(pool, decoded, arpa))
+            before = 100 * word_error_rate(unseen, list(by_sphinx(pool, original, arpa)))
+            after = 100 * word_error_rate(unseen, list(by_sphinx(pool, decoded, arpa)))
             log(cfg, f"codec: {judge} judge, WER on unseen replies {after:.1f} %, on the original speech "
                      f"{before:.1f} %: excess {after - before:.1f}")
 
