@@ -29,12 +29,13 @@ sound, the worst first), gallery.md and pictures. Several processes share the qu
 --nproc_per_node 2 eval.py ...). What is answered is kept: the same command after a kill goes on, and gives
 the same figures.
 """
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 
 import accelerate
@@ -79,7 +80,7 @@ class EvalConfig:
     utmos: str | None = None           # the TorchScript file of UTMOS, which rates naturalness
     judge: str | None = None           # address of an OpenAI-compatible endpoint that scores 1 to 5 ...
     judge_model: str = "gpt-4o"        # ... and its model
-    out: str = "out/tiny_eval"         # folder for all that is written
+    out: str | None = None             # folder for all that is written; none: out/ and the names of both
     compare: tuple[str, ...] = ()      # two such folders: print how the second differs from the first
     runs: tuple[str, ...] = ()         # runs of the stages: draw their losses and a reply into demo.png
     keep: int = 6                      # how many dialogues go into the gallery
@@ -245,12 +246,14 @@ def typed_after(omni, tokenizer, rows, cfg):
             if t < len(row["users"]):
                 chats[d].append({"role": "user", "content": row["users"][t]})
                 prompt = tokenizer.apply_chat_template(chats[d], tokenize=False, add_generation_prompt=True)
-                asked[d] = engine.submit(tokenizer(prompt)["input_ids"], speak=False)
+                with contextlib.suppress(ValueError):               # longer than the model's room
+                    asked[d] = engine.submit(tokenizer(prompt)["input_ids"], speak=False)
         for _ in engine.stream():
             pass
-        for d, reply in asked.items():
-            texts[d].append(tokenizer.decode(reply.text))
-            chats[d].append({"role": "assistant", "content": texts[d][-1]})
+        for d, row in enumerate(rows):
+            if t < len(row["users"]):
+                texts[d].append(tokenizer.decode(asked[d].text) if d in asked else "")
+                chats[d].append({"role": "assistant", "content": texts[d][-1]})
     return list(itertools.chain.from_iterable(texts))
 
 
@@ -560,6 +563,9 @@ def main():
     cfg = configure(EvalConfig)
     if cfg.compare:
         return compare(*cfg.compare)
+    if cfg.out is None:
+        names = os.path.basename(os.path.normpath(cfg.ckpt)), *cfg.set.removeprefix("tiny").split("/")
+        cfg = replace(cfg, out=f"out/{'_'.join(filter(None, names))}_eval")
     torch.manual_seed(cfg.seed)
     no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     state = accelerate.PartialState(cpu=no_gpu)       # said aloud, or it ignores torchrun on CPU

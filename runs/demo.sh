@@ -52,5 +52,5 @@ step "a conversation" "One held-out dialogue, streaming, as you would use it." \
 printf '\n%s\n' "Time on $machine"
 printf '  %s\n' "${times[@]}" "$(printf '%-34s %5d s' "total" $((SECONDS - started)))"
 printf '\n%s\n' \
-    "Every reply, to listen to: out/tiny_eval/report.html   picture: out/tiny_eval/demo.png" \
+    "Every reply, to listen to: out/tiny_stage2_eval/report.html   picture: out/tiny_stage2_eval/demo.png" \
     "Another question: source .venv/bin/activate && python sample.py --ckpt out/tiny_stage2 --index 7"
