@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 ruff check .
-exec pytest -n 2 --dist loadfile "$@"       # two files at a time
+exec pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"       # two files at a time, in order
