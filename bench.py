@@ -52,7 +52,7 @@ from data import Dialogues, collate, deal, positions_of
 from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder, expand_speech, read_write
 from omni import checkpoint
 from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, speech_positions, wav_bytes
-from omni.codec import load_codec
+from omni.codec import load_codec, pace
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
@@ -335,8 +335,8 @@ def bench_voice(W, repeats=20):
 
 def bench_company(rows):
     """Several people ask the tiny model at once, and each hears a reply of 6 s by the nano codec, through the
-    thread that serve.py has: (first audio in ms: median, slowest; stalls; real-time factor of the slowest).
-    A stall: a piece comes after what came before it has been played."""
+    thread that serve.py has -> first audio in ms, median and slowest; stalls; the slowest's real-time
+    factor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                          # see Talker
     tokenizer = SimpleNamespace(decode=lambda ids: "")
@@ -347,7 +347,7 @@ def bench_company(rows):
 
     def listen(asked, pieces, kind, x):
         if kind == "audio":
-            pieces.append((time.perf_counter() - asked, len(x) / made.rate))
+            pieces.append((len(x) / made.rate, time.perf_counter() - asked))
         elif kind in ("done", "failed"):
             over.put(kind)
     for _ in range(2):                                # once to warm up
@@ -358,14 +358,10 @@ def bench_company(rows):
         if [over.get() for _ in heard] != rows * ["done"]:
             fail("latency: a reply failed")
     made.close()
-    stalls, factors, first = 0, [], [1000 * pieces[0][0] for pieces in heard]
-    for pieces in heard:
-        until = pieces[0][0]                          # when what has come will have been played
-        for came, seconds in pieces:
-            stalls += came > until
-            until = max(until, came) + seconds
-        factors.append(pieces[-1][0] / sum(seconds for _, seconds in pieces))
-    return statistics.median(first), max(first), stalls, max(factors)
+    paces = [pace(pieces) for pieces in heard]
+    first = [1000 * reply["first_audio"] for reply in paces]
+    factors = [pieces[-1][1] / reply["duration"] for pieces, reply in zip(heard, paces)]
+    return statistics.median(first), max(first), sum(reply["stalls"] for reply in paces), max(factors)
 
 
 def bench_batch(size, units, sizes):
@@ -892,8 +888,7 @@ def bench_browser(address, turns):
 
 
 async def hold(address, wav, turns):
-    """A conversation over the network: for each reply its first audio in ms, and how often playback, had it
-    begun with the first piece, would have waited."""
+    """A conversation over the network: for each reply its first audio in ms, and all stalls."""
     first, stalls = [], 0
     async with websockets.connect(address, max_size=None) as socket:
         async def send(kind, **fields):
@@ -903,17 +898,17 @@ async def hold(address, wav, turns):
             await send("input_audio_buffer.append", audio=base64_of(wav))
             await send("input_audio_buffer.commit")
             await send("response.create")
-            asked, until, event = time.perf_counter(), None, {"type": ""}
+            asked, pieces, event = time.perf_counter(), [], {"type": ""}
             while event["type"] != "response.done":
                 event = json.loads(await socket.recv())
                 if event["type"] == "response.output_audio.delta":
-                    now = time.perf_counter()
-                    if until is None:
-                        first.append(1000 * (now - asked))
-                    elif now > until:
-                        stalls += 1
-                    until = max(until or now, now) + len(event["delta"]) * 3 / 8 / RATE
-            await asyncio.sleep(max(0, until - time.perf_counter()) if until else 0)       # it is played
+                    seconds = len(event["delta"]) * 3 / 8 / RATE             # base64 of two bytes a sample
+                    pieces.append((seconds, time.perf_counter() - asked))
+            reply = pace(pieces)
+            first.append(1000 * reply["first_audio"])
+            stalls += reply["stalls"]
+            over = asked + reply["first_audio"] + reply["duration"]
+            await asyncio.sleep(max(0, over - time.perf_counter()))          # it is played
     return first, stalls
 
 

@@ -29,7 +29,6 @@ sound, the worst first), gallery.md and pictures. Several processes share the qu
 --nproc_per_node 2 eval.py ...). What is answered is kept: the same command after a kill goes on, and gives
 the same figures.
 """
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -50,13 +49,14 @@ import omni.report as report
 from data import chat_ids, clips
 from omni import checkpoint
 from omni.audio import SAMPLE_RATE, log_mel
-from omni.codec import load_codec
+from omni.codec import load_codec, pace
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.engine import Engine, quicken
+from omni.espeak import speak
 from omni.files import Lines, read_json, replace_file, sha256
 from omni.judges import by_sphinx, by_whisper, language_model, scores
-from omni.score import difference, errors, interval, is_right, ratio
+from omni.score import difference, errors, interval, is_right, mean, ratio
 from omni.sets import published, read_set, write_forms
 
 JUDGES = {"bigram": True, "word_loop": False}         # the embedded world's recognizer: bigrams or not
@@ -169,6 +169,14 @@ def answer_all(omni, tokenizer, codec, rows, numbers, cfg):
                 return
             broken.append(d)
 
+    def over(d):
+        """What is to be said of a dialogue that ends here. Turns that were not reached are there, too."""
+        for t in range(len(held[d]), len(rows[d]["users"])):
+            held[d].append(turn_of(rows[d], d, t) | {"error": "an earlier turn could not be asked"})
+        said = gate.tolist()
+        gate.zero_()
+        return d, held.pop(d), said
+
     left = iter(tqdm(numbers, desc="answering", unit="dialogue"))
     for _ in range(cfg.batch):
         begin()
@@ -188,73 +196,61 @@ def answer_all(omni, tokenizer, codec, rows, numbers, cfg):
                  "seconds": perf_counter() - start,
                  "wav": np.concatenate([piece for piece, _ in pieces] or [np.zeros(0, np.float32)])}
         if len(turn["wav"]):
-            turn |= pace(pieces, codec.sample_rate)
+            turn |= pace([(len(wav) / codec.sample_rate, came) for wav, came in pieces])
         if len(held[d]) < len(rows[d]["users"]) and ask(d):
             continue
-        yield d, held.pop(d), gate.tolist()
-        gate.zero_()
+        yield over(d)
         begin()
     hook.remove()
-    for d in broken:
-        yield d, held.pop(d), gate.tolist()
+    yield from map(over, broken)
 
 
-def pace(pieces, rate):
-    """[(samples, seconds after the question)] -> first_audio in s, how often playback waits if it begins
-    then, and seconds of sound."""
-    pieces = [(len(wav) / rate, came) for wav, came in pieces if len(wav)]
-    until, stalls = pieces[0][1], 0
-    for seconds, came in pieces:
-        stalls += came > until
-        until = max(until, came) + seconds
-    return {"first_audio": pieces[0][1], "stalls": stalls, "duration": sum(seconds for seconds, _ in pieces)}
-
-
-@torch.inference_mode()
-def typed_replies(model, tokenizer, rows, batch=64):
-    """What a text model replies that reads the questions and remembers its own replies: for each turn of the
-    dialogues, a text."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    chats, texts = [[] for _ in rows], [[] for _ in rows]
-    tokenizer.padding_side = "left"
-    for t in tqdm(range(max(len(row["users"]) for row in rows)), desc="typing", unit="turn", leave=False):
-        asked = [d for d, row in enumerate(rows) if t < len(row["users"])]
-        for i in range(0, len(asked), batch):
-            some = asked[i:i + batch]
-            for d in some:
-                chats[d].append({"role": "user", "content": rows[d]["users"][t]})
-            prompts = tokenizer.apply_chat_template([chats[d] for d in some], tokenize=False,
-                                                    add_generation_prompt=True)
-            x = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-            output = model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"],
-                                    max_new_tokens=60, do_sample=False, eos_token_id=end, pad_token_id=end)
-            replies = tokenizer.batch_decode(output[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
-            for d, reply in zip(some, replies):
-                chats[d].append({"role": "assistant", "content": reply})
-                texts[d].append(reply)
-    return list(itertools.chain.from_iterable(texts))
-
-
-@torch.inference_mode()
-def typed_after(omni, tokenizer, rows, cfg):
-    """The same for the LLM of a checkpoint, through the engine."""
-    engine = Engine(omni, cfg.batch, cfg.max_tokens, cfg.max_units)
+def typed_replies(rows, tokenizer, reply):
+    """What is replied to the dialogues' questions if they are read, not heard; whoever replies remembers its
+    own replies. reply: prompts -> texts. Returns a text for each turn."""
     chats, texts = [[] for _ in rows], [[] for _ in rows]
     for t in range(max(len(row["users"]) for row in rows)):
-        asked = {}
-        for d, row in enumerate(rows):
-            if t < len(row["users"]):
-                chats[d].append({"role": "user", "content": row["users"][t]})
-                prompt = tokenizer.apply_chat_template(chats[d], tokenize=False, add_generation_prompt=True)
-                with contextlib.suppress(ValueError):               # longer than the model's room
-                    asked[d] = engine.submit(tokenizer(prompt)["input_ids"], speak=False)
+        asked = [d for d, row in enumerate(rows) if t < len(row["users"])]
+        for d in asked:
+            chats[d].append({"role": "user", "content": rows[d]["users"][t]})
+        prompts = [tokenizer.apply_chat_template(chats[d], tokenize=False, add_generation_prompt=True)
+                   for d in asked]
+        for d, text in zip(asked, reply(prompts)):
+            chats[d].append({"role": "assistant", "content": text})
+            texts[d].append(text)
+    return list(itertools.chain.from_iterable(texts))
+
+
+def by_transformers(model, tokenizer, max_tokens, batch=64):
+    """The text model that training started from, as `typed_replies` wants it."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.padding_side = "left"
+
+    def reply(prompts):
+        for i in tqdm(range(0, len(prompts), batch), desc="typing", leave=False):
+            x = tokenizer(prompts[i:i + batch], return_tensors="pt", padding=True).to(model.device)
+            output = model.generate(input_ids=x["input_ids"], attention_mask=x["attention_mask"],
+                                    max_new_tokens=max_tokens, do_sample=False, eos_token_id=end,
+                                    pad_token_id=end)
+            yield from tokenizer.batch_decode(output[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
+    return reply
+
+
+def by_engine(omni, tokenizer, max_tokens, batch=64):
+    """The LLM of a checkpoint, the same."""
+    engine = Engine(omni, batch, max_tokens)
+
+    def reply(prompts):
+        asked = []
+        for prompt in prompts:
+            try:
+                asked.append(engine.submit(tokenizer(prompt)["input_ids"], speak=False))
+            except ValueError:                        # longer than the model's room
+                asked.append(None)
         for _ in engine.stream():
             pass
-        for d, row in enumerate(rows):
-            if t < len(row["users"]):
-                texts[d].append(tokenizer.decode(asked[d].text) if d in asked else "")
-                chats[d].append({"role": "assistant", "content": texts[d][-1]})
-    return list(itertools.chain.from_iterable(texts))
+        return [tokenizer.decode(answer.text) if answer else "" for answer in asked]
+    return reply
 
 
 # ---------------------------------------------------------------------------------------------------- hearing
@@ -268,18 +264,17 @@ def sound_of(cfg, turn):
 
 
 def hear(kept, jobs, recognize):
-    """Transcribe what is not in `kept` yet. jobs: {key: function that gives the sound};  recognize: sounds ->
-    yields texts."""
+    """Transcribe what is not in `kept` yet. jobs: {key: function that gives the sound};  recognize: an
+    iterator of sounds -> yields texts."""
     missing = [key for key in jobs if key not in kept]
-    if missing:                                       # all, since espeak-ng varies with what it said before
-        sounds = {key: make() for key, make in jobs.items()}
-        for key, text in zip(missing, recognize([sounds[key] for key in missing])):
+    with tqdm(total=len(missing), desc="transcribing", leave=False) as bar:
+        for key, text in zip(missing, recognize(jobs[key]() for key in missing)):
             kept.add(key, text)
+            bar.update()
 
 
 def original(text, voice):
     """espeak-ng's speech of a text, (samples,) at 16 kHz; no samples if the text holds nothing to say."""
-    from omni.espeak import speak
     if not any(character.isalnum() for character in text):
         return np.zeros(0, np.float32)
     return speak(text, voice)
@@ -294,6 +289,8 @@ def hear_all(cfg, turns, kept, pool, device, replies=None, voice=None):
     """
     name = cfg.recognizer or ("pocketsphinx" if replies else "whisper:large-v3")
     names = {f"{turn['dialogue']}-{turn['turn']}": turn for turn in turns}
+    texts = dict.fromkeys(turn["text"] for turn in turns) if voice else ()
+    originals = {text: original(text, voice) for text in texts}       # in order: what espeak-ng says depends
     if name.startswith("whisper"):
         size = name.partition(":")[2] or "large-v3"
         judges = {"heard": (name, lambda wavs: by_whisper(wavs, size, device))}
@@ -306,9 +303,7 @@ def hear_all(cfg, turns, kept, pool, device, replies=None, voice=None):
         judges = {"heard": (name, lambda wavs: by_sphinx(pool, wavs))}
     for column, (judge, recognize) in judges.items():
         jobs = {f"{key}/{judge}": lambda turn=turn: sound_of(cfg, turn) for key, turn in names.items()}
-        if voice:                                     # the same text is spoken once
-            jobs |= {f"{turn['text']}/{judge}": lambda text=turn["text"]: original(text, voice)
-                     for turn in turns}
+        jobs |= {f"{text}/{judge}": lambda wav=wav: wav for text, wav in originals.items()}
         hear(kept, jobs, recognize)
         for key, turn in names.items():
             turn[column] = kept[f"{key}/{judge}"]
@@ -348,9 +343,8 @@ def judge_text(turns, rule):
         known = turn["references"] or rule in ("refusal", "instructions")
         turn["right"] = False if turn["error"] else is_right(
             rule, turn["references"], turn["text"], turn.get("about")) if known else None
-    result = {"turns": (len(turns),), "not answered": (sum(bool(turn["error"]) for turn in turns),),
-              "s2t": share(turns, [turn["right"] for turn in turns])}
-    return result
+    return {"turns": (len(turns),), "not answered": (sum(bool(turn["error"]) for turn in turns),),
+            "s2t": share(turns, [turn["right"] for turn in turns])}
 
 
 def judge_world(turns, typed):
@@ -438,8 +432,8 @@ def judge_naturalness(cfg, turns, device):
     for turn in tqdm(spoken, desc="utmos", leave=False):
         with torch.inference_mode():
             turn["utmos"] = float(model(torch.from_numpy(sound_of(cfg, turn))[None].to(device), SAMPLE_RATE))
-        values.append((turn["utmos"] / 100, 1))       # a ratio is in percent
-    return {"utmos": interval([turn["dialogue"] for turn in spoken], values)} if spoken else {}
+        values.append((turn["utmos"], 1))
+    return {"utmos": interval([turn["dialogue"] for turn in spoken], values, mean)} if spoken else {}
 
 
 def judge_answers(cfg, turns, kept):
@@ -457,7 +451,7 @@ def judge_answers(cfg, turns, kept):
         scored = [turn for turn in asked if turn[name] is not None]
         if scored:
             result[name] = interval([turn["dialogue"] for turn in scored],
-                                    [(turn[name] / 100, 1) for turn in scored])       # a ratio is in percent
+                                    [(turn[name], 1) for turn in scored], mean)
         result[f"{name}_failed"] = (len(asked) - len(scored),)
     return result
 
@@ -475,18 +469,16 @@ def compare(first, second):
     if not both:
         fail(f"--compare: {first} and {second} have no question in common")
     pairs = [(found[0][key], found[1][key]) for key in both]
-    groups = [a["dialogue"] for a, _ in pairs]
     print(f"{second} less {first}, {len(both)} turns, 95 % interval")
-    for name, values in {
-            "s2t": [(b["right"], 1, a["right"], 1) for a, b in pairs if None not in (a["right"], b["right"])],
-            "s2s": [(b["heard_right"], 1, a["heard_right"], 1) for a, b in pairs
-                    if None not in (a.get("heard_right"), b.get("heard_right"))],
-            "wer": [(*b["errors"], *a["errors"]) for a, b in pairs if a.get("errors") and b.get("errors")],
-            "exact": [(is_exact(b), 1, is_exact(a), 1) for a, b in pairs if a["reference"]]}.items():
-        if len(values) == len(pairs):
-            print(f"{name:8}{report.show(*interval(groups, values, difference))}")
-        elif values:
-            print(f"{name:8}{report.show(*interval(range(len(values)), values, difference))}")
+
+    def hit(key):
+        return lambda turn: None if turn.get(key) is None else (turn[key], 1)
+    for name, values in (("s2t", hit("right")), ("s2s", hit("heard_right")),
+                         ("wer", lambda turn: turn.get("errors")),
+                         ("exact", lambda turn: (is_exact(turn), 1) if turn["reference"] else None)):
+        counted = [(a["dialogue"], (*values(b), *values(a))) for a, b in pairs if values(a) and values(b)]
+        if counted:
+            print(f"{name:8}{report.show(*interval(*zip(*counted), difference))}")
     for a, b in pairs:
         if (a["right"], a.get("heard_right")) != (b["right"], b.get("heard_right")):
             print(f"{a['id']}.{a['turn'] + 1} {a['question']!r}: {report.verdict(a)}, {a['text']!r} -> "
@@ -598,9 +590,10 @@ def main():
     typed = {}
     if text_model:
         reader = Qwen2Tokenizer.from_pretrained(llm)
-        typed = {"typed_before": typed_replies(text_model.to(device), reader, rows)}
+        before = by_transformers(text_model.to(device), reader, cfg.max_tokens)
+        typed = {"typed_before": typed_replies(rows, reader, before)}
     if any(row["users"][0] for row in rows):
-        typed["typed_after"] = typed_after(omni, tokenizer, rows, cfg)
+        typed["typed_after"] = typed_replies(rows, tokenizer, by_engine(omni, tokenizer, cfg.max_tokens))
     if cfg.topics:
         judged = [turn["category"] in cfg.topics for turn in turns]
         turns = list(itertools.compress(turns, judged))

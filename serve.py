@@ -204,8 +204,8 @@ def make_app(cfg, talker):
 
         async def receive():
             while True:
-                left = cfg.idle - (time.monotonic() - session.last_seen)      # an open microphone is no sign
-                message = await asyncio.wait_for(socket.receive(), left)
+                rest = cfg.idle - (time.monotonic() - session.last_seen)      # an open microphone is no sign
+                message = await asyncio.wait_for(socket.receive(), rest)
                 if message["type"] == "websocket.disconnect":
                     return
                 if message.get("text") is None:

@@ -24,6 +24,17 @@ from functools import partial
 from omni.cosyvoice import CosyVoice2, onnx_session, tokenize
 
 
+def pace(pieces):
+    """How a reply comes: [(seconds of sound, when it came, seconds after the question)] -> first_audio in s,
+    stalls (how often playback waits for a piece if it begins with the first), duration in s."""
+    pieces = [piece for piece in pieces if piece[0]]
+    until, stalls = pieces[0][1], 0                   # until: when what has come will have been played
+    for seconds, came in pieces:
+        stalls += came > until
+        until = max(until, came) + seconds
+    return {"first_audio": pieces[0][1], "stalls": stalls, "duration": sum(seconds for seconds, _ in pieces)}
+
+
 def load_codec(path, voice=None):
     """Open a codec: a file that NanoCodec.save wrote, or a folder with CosyVoice 2's flow.pt and hift.pt.
 

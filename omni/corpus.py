@@ -256,6 +256,8 @@ def below_root(cfg, path):
     """
     if not path or not isinstance(path, str) or "\0" in path:
         raise LeftOut("a turn without a recording", repr(path))
+    if not cfg.audio_root:
+        raise LeftOut("a path, and no --audio_root that it is below", path)
     root = os.path.realpath(cfg.audio_root)
     whole = os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([root, whole]) != root:
@@ -385,13 +387,13 @@ def make_row(cfg, encode, number, record):
     n = len(replies)
     split = turns.get("split") or split_by_name(name, cfg.held_out)
     voice = turns.get("voice", "")
-    recorded = cfg.source not in ("tiny", "text") and (turns.get("speech") or cfg.source == "folder")
-    if not recorded and cfg.source not in ("tiny", "instructs2s"):
+    read_aloud = cfg.source in ("tiny", "text") or cfg.source in ("slam", "hub") and not turns["speech"]
+    if read_aloud and cfg.source != "tiny":
         rng = random.Random(f"{cfg.seed} {name}")
         voice = rng.choice(cfg.voices) if cfg.voices else draw_voice(rng, split)
 
     speech, samples = [], []                          # they stay empty for a released JSON without recordings
-    if not recorded and cfg.source != "instructs2s":
+    if read_aloud:
         for t, (text, of_turn) in enumerate(zip(users, turns.get("voices") or [voice] * n)):
             wav = synthesize(cfg, text, of_turn)
             if cfg.source == "tiny":

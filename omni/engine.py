@@ -159,10 +159,14 @@ def quicken(omni, precisions=(torch.float32, torch.bfloat16)):
                     mlp(x)
                 runs.append(time.perf_counter() - start)
             times[dtype, packed] = statistics.median(runs)
+    def named(dtype, packed):
+        return str(dtype).removeprefix("torch.") + (", weights packed" if packed else "")
+
     dtype, packed = precisions[-1], False
     if times:                                         # bf16 must be worth its rounding
         dtype, packed = min(times, key=lambda way: times[way] * (1 if way[0] == torch.float32 else 1.1))
-    print(f"decoding in {str(dtype).removeprefix('torch.')}" + (", weights packed" if packed else ""))
+    timed = "; ".join(f"{named(*way)} {1000 * seconds:.2f} ms" for way, seconds in times.items())
+    print(f"decoding in {named(dtype, packed)}" + (f" ({len(mlps)} MLPs: {timed})" if times else ""))
     omni.to(dtype)
     if packed:
         pack(omni, leave=generator.model.lm_head)

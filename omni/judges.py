@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import whisper
-from tqdm import tqdm
 
 from omni.score import words
 
@@ -106,14 +105,13 @@ def transcribe(job):
 
 def by_sphinx(pool, wavs, arpa=None):
     """Clips (samples,) at 16 kHz -> yields the texts that pocketsphinx hears, in order."""
-    texts = pool.imap(transcribe, ((wav, arpa) for wav in wavs), chunksize=8)
-    yield from tqdm(texts, total=len(wavs), desc="transcribing", leave=False)
+    yield from pool.imap(transcribe, ((wav, arpa) for wav in wavs), chunksize=8)
 
 
 def by_whisper(wavs, name, device):
     """The same by Whisper, greedy. name: a size, or a file. Raises RuntimeError or OSError."""
     model = whisper.load_model(name, device)
-    for wav in tqdm(wavs, desc="transcribing", leave=False):
+    for wav in wavs:
         if len(wav):
             options = {"language": "en", "temperature": 0.0, "fp16": str(device) != "cpu"}
             yield model.transcribe(np.asarray(wav, np.float32), **options)["text"].strip()

@@ -10,7 +10,8 @@ Why: forms look alike and differ in their details, and a detail that is guessed 
                tokens are CosyVoice 1's, whose numbers mean other sounds: replies are spoken again
     hub        any data set on the hub, or a folder of one, streamed: --path owner/name, or
                owner/name:configuration, and --columns users=question,speech=audio,replies=answer;
-               reply_speech, units and id may be named, too. A text of users that has no speech is spoken
+               reply_speech, units and id may be named, too. A text of users that has no speech is spoken.
+               Each of data.py's --processes streams the whole set and keeps its share
 Paths are below audio_root.
 """
 import os

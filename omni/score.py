@@ -193,9 +193,14 @@ def follows(instruction, arguments, text):
 
 # --------------------------------------------------------------------------------------------------- how sure
 
+def mean(sums):
+    """sums (..., 2) -> (...,) the first by the second; 0 where there is nothing."""
+    return sums[..., 0] / np.maximum(1, sums[..., 1])
+
+
 def ratio(sums):
-    """sums (..., 2) -> (...,) in percent; 0 where there is nothing."""
-    return 100 * sums[..., 0] / np.maximum(1, sums[..., 1])
+    """The same in percent."""
+    return 100 * mean(sums)
 
 
 def difference(sums):

@@ -35,8 +35,8 @@ SETS = {
     "jsonl": (None, None, "occurs"),
 }
 RULES = {"alpacaeval": "judge", "alpacaeval_full": "judge", "commoneval": "judge", "wildvoice": "judge",
-         "advbench": "refusal", "bbh": "task", "ifeval": "instructions", "mmsu": "choice", "mtbench": "judge",
-         "openbookqa": "choice", "sd-qa": "occurs"}
+         "advbench": "refusal", "bbh": "task", "ifeval": "instructions", "mmsu": "choice",
+         "openbookqa": "choice", "sd-qa": "occurs"}             # mtbench has several turns, and is not read
 SETS |= {f"voicebench/{name}": ("hlt-lab/voicebench", name, rule) for name, rule in RULES.items()}
 FIELDS = {
     "id": ("id", "ID", "question_id", "index", "key"),
@@ -82,7 +82,7 @@ def read_rows(name, path):
                 return
             saved = any(os.path.exists(f"{path}/{file}") for file in ("dataset_dict.json", "state.json"))
             tables = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
-        elif path and os.path.isfile(path):
+        elif os.path.isfile(path):
             yield from read_file(path)
             return
         else:
@@ -177,7 +177,7 @@ def read_set(name, path, limit=None, tts=None):
                      "topics": [str(field(row, "category") or (id.partition("/")[0].rstrip("0123456789_-")
                                                                if rule == "task" else split))],
                      "replies": [""], "spoken": [""], "answers": [""], "references": references,
-                     "error": error, "about": about})
+                     "error": error, "about": about, "split": split})
     if not rows:
         raise ValueError(f"--set {name}: it has no rows")
     return rows, rule
@@ -192,10 +192,11 @@ def write_forms(name, folder, model, turns, rows):
     URO-Bench: question_text, pred_text and gt_text.jsonl, a line {"0000": text} for each, and audio/0000.wav.
     """
     paths = []
-    if name.startswith("voicebench/"):
-        paths.append(f"{folder}/{model}-{name.split('/')[1]}-test-audio.jsonl")
-        lines = [json.dumps(row["about"] | {"response": turn["text"]}) for turn, row in zip(turns, rows)]
-        replace_file(paths[0], "\n".join(lines) + "\n")
+    for split in dict.fromkeys(row["split"] for row in rows) if name.startswith("voicebench/") else ():
+        paths.append(f"{folder}/{model}-{name.split('/')[1]}-{split}-audio.jsonl")
+        lines = [json.dumps(row["about"] | {"response": turn["text"]}) for turn, row in zip(turns, rows)
+                 if row["split"] == split]
+        replace_file(paths[-1], "\n".join(lines) + "\n")
     if name == "uro":
         columns = {"question_text": [turn["question"] for turn in turns],
                    "pred_text": [turn["text"] for turn in turns],

@@ -12,7 +12,7 @@ import whisper
 from conftest import run
 from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from eval import typed_replies
+from eval import by_transformers, typed_replies
 from omni.audio import SAMPLE_RATE
 from omni.augment import CONDITIONS
 from omni.checkpoint import load_whisper
@@ -124,7 +124,8 @@ def test_qwen2():
         rows.append({"users": [turn["user"] for turn in asked],
                      "replies": [turn["assistant"] for turn in asked]})
     model = Qwen2ForCausalLM.from_pretrained(TINY / "qwen2")
-    typed = typed_replies(model, Qwen2Tokenizer.from_pretrained(TINY / "qwen2"), rows)
+    tokenizer = Qwen2Tokenizer.from_pretrained(TINY / "qwen2")
+    typed = typed_replies(rows, tokenizer, by_transformers(model, tokenizer, 60))
     right = [a == b for a, b in zip(typed, (reply for row in rows for reply in row["replies"]))]
     assert 100 * sum(right) / len(right) > logged("qwen2: exact answers to unseen typed questions:") - 5
 

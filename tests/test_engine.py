@@ -184,7 +184,7 @@ def test_a_quickened_model_says_the_same(prompts, monkeypatch, capsys, packed):
     monkeypatch.setattr(engine.time, "perf_counter",
                         lambda: (n := next(ticks)) % 2 * durations[n // 60])
     quicken(omni, [torch.float32])
-    assert ("packed" in capsys.readouterr().out) == packed
+    assert ("packed (2 MLPs" in capsys.readouterr().out) == packed
     assert isinstance(omni.speech_generator.model.model.layers[0].mlp.up_proj, Packed) == packed
     assert isinstance(omni.model.speech_encoder.blocks[0].mlp[0], Packed)
     for prompt, said in zip(prompts, expected):

@@ -16,9 +16,10 @@ from conftest import CHECKPOINT, load
 from datasets import Dataset
 
 import eval as evaluation
-from eval import EvalConfig, find_originals, judge_speech, judge_text, judge_world, pace
+from eval import EvalConfig, find_originals, judge_speech, judge_text, judge_world
 from omni import judges, report
 from omni.audio import wav_bytes
+from omni.codec import pace
 from omni.espeak import ASSISTANT, plain, speak
 from omni.files import Lines, read_json
 from tiny.codec import NanoCodec
@@ -95,8 +96,8 @@ def test_what_could_not_be_asked_is_wrong():
 
 def test_pace():
     """Two seconds of sound after 0.5 s; the next piece comes when that has been played for a second."""
-    pieces = [(np.zeros(200), 0.5), (np.zeros(0), 0.6), (np.zeros(100), 3.5), (np.zeros(100), 3.6)]
-    assert pace(pieces, 100) == {"first_audio": 0.5, "stalls": 1, "duration": 4.0}
+    pieces = [(2.0, 0.5), (0.0, 0.6), (1.0, 3.5), (1.0, 3.6)]
+    assert pace(pieces) == {"first_audio": 0.5, "stalls": 1, "duration": 4.0}
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -344,8 +345,10 @@ def test_typed_questions_are_asked_of_both_models_alike():
     rows = [row() | {"users": ["What is two plus five?", "What is three minus one?"]},
             row() | {"users": ["What is the capital of France?"]}]
     model = Qwen2ForCausalLM.from_pretrained("tiny/qwen2", dtype=torch.float32)
-    typed = evaluation.typed_replies(model, Qwen2Tokenizer.from_pretrained("tiny/qwen2"), rows)
-    assert typed == evaluation.typed_after(omni.eval(), tokenizer, rows, EvalConfig())
+    reader = Qwen2Tokenizer.from_pretrained("tiny/qwen2")
+    typed = evaluation.typed_replies(rows, reader, evaluation.by_transformers(model, reader, 60))
+    ours = evaluation.by_engine(omni.eval(), tokenizer, 60)
+    assert typed == evaluation.typed_replies(rows, tokenizer, ours)
     assert typed[0] == "Two plus five is seven."
 
 
@@ -431,6 +434,26 @@ def test_questions_are_padded_as_in_training(monkeypatch, pad_audio, frames):
     monkeypatch.setattr(evaluation.Engine, "submit", remember)
     (answered,) = evaluation.answer_all(omni, tokenizer, None, [row()], [0], EvalConfig())
     assert seen == [frames] and len(answered[1]) == 1
+
+
+def test_a_dialogue_that_breaks_off_keeps_its_turns(monkeypatch):
+    """What cannot be asked after the first turn, and what would have come after it: there, wrong, named."""
+    omni, tokenizer, _ = load()
+    broken = {key: 3 * value if isinstance(value, list) else value for key, value in row().items()}
+    good, submit, asked = broken | {"id": "good"}, evaluation.Engine.submit, []
+
+    class Once(evaluation.Engine):
+        def submit(self, ids, clips, **more):
+            asked.append(ids)
+            if len(asked) == 3:                       # the second turn of the first dialogue
+                raise ValueError("the conversation is too long")
+            return submit(self, ids, clips, **more)
+    monkeypatch.setattr(evaluation, "Engine", Once)
+    answered = {d: turns for d, turns, _ in evaluation.answer_all(
+        omni.eval(), tokenizer, None, [broken, good], [0, 1], EvalConfig(max_tokens=4))}
+    errors = [[turn["error"] for turn in answered[d]] for d in (0, 1)]
+    broken_off = [None, "the conversation is too long", "an earlier turn could not be asked"]
+    assert errors in ([[None] * 3, broken_off], [broken_off, [None] * 3])
 
 
 @pytest.mark.parametrize("keep,spoken,files", [

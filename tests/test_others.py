@@ -12,7 +12,7 @@ import soundfile
 
 from data import DataConfig, clips
 from omni.configure import configure
-from omni.corpus import build, load_corpus
+from omni.corpus import LeftOut, build, load_corpus, make_row
 from omni.others import hub, named, read_units
 
 
@@ -143,6 +143,17 @@ def test_a_set_of_the_hub_with_sounds(tmp_path, monkeypatch):
     assert list(lost) == ["b"] and "y.wav" in lost["b"]["detail"]
     assert [len(clips(row)[0]) for row in kept] == [8000, 16000] and kept[1]["replies"] == ["No."]
     assert len(kept[0]["units"][0]) == 20             # 0.8 s
+
+
+def test_paths_of_a_hub_set_need_a_root(tmp_path):
+    """A set whose sounds are paths: without --audio_root its rows are left out with the reason."""
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
+    hub_set(tmp_path / "set", {"q": ["a.wav"], "a": ["Yes."], "u": [[1, 2]]})
+    words = ["--source", "hub", "--path", tmp_path / "set", "--columns", "speech=q,replies=a,units=u"]
+    with pytest.raises(LeftOut, match="no --audio_root"):
+        make_row(DataConfig(source="hub", path="x"), None, 0, {"speech": "a.wav", "replies": "Yes."})
+    (row,), _ = built(tmp_path, *words, "--audio_root", tmp_path)
+    assert len(clips(row)[0]) == 8000 and row["units"] == [[1, 2]]
 
 
 def test_a_set_of_the_hub_with_texts_and_units(tmp_path):

@@ -120,12 +120,14 @@ def test_forms_for_the_scripts_of_others(tmp_path):
     soundfile.write(tmp_path / "sound" / "0-1.flac", np.full(1600, 0.1), 16000)
     turns = [{"question": "Q?", "text": "B.", "references": ["B"], "sound": "sound/0-1.flac"},
              {"question": "R?", "text": "", "references": ["A"], "sound": None}]
-    rows = [{"about": {"prompt": "Q?", "reference": "B"}}, {"about": {"prompt": "R?", "reference": "A"}}]
-    (path,) = write_forms("voicebench/openbookqa", tmp_path, "ours", turns, rows)
-    assert path.endswith("/ours-openbookqa-test-audio.jsonl")
-    assert [json.loads(line) for line in open(path)] == [
-        {"prompt": "Q?", "reference": "B", "response": "B."},
-        {"prompt": "R?", "reference": "A", "response": ""}]
+    rows = [{"about": {"prompt": "Q?", "reference": "B"}, "split": "usa"},
+            {"about": {"prompt": "R?", "reference": "A"}, "split": "aus"}]
+    paths = write_forms("voicebench/sd-qa", tmp_path, "ours", turns, rows)
+    assert [path.rpartition("/")[2] for path in paths] == ["ours-sd-qa-usa-audio.jsonl",
+                                                           "ours-sd-qa-aus-audio.jsonl"]
+    assert [[json.loads(line) for line in open(path)] for path in paths] == [
+        [{"prompt": "Q?", "reference": "B", "response": "B."}],
+        [{"prompt": "R?", "reference": "A", "response": ""}]]
     write_forms("uro", tmp_path, "ours", turns, rows)
     for name, texts in (("pred_text", ["B.", ""]), ("question_text", ["Q?", "R?"]), ("gt_text", ["B", "A"])):
         lines = [json.loads(line) for line in open(tmp_path / f"{name}.jsonl")]
