@@ -112,7 +112,7 @@ class Packed(torch.nn.Module):
     """A linear layer for decoding on a CPU: oneDNN has laid its weight out for products with few rows.
 
     `F.linear` does so anew in every product, or leaves a single row to a matrix-vector product, which on some
-    CPUs reads memory at a fifth of its speed. torch uses the same layout, and this operator, when it compiles
+    CPUs takes several times as long. torch uses the same layout, and this operator, when it compiles
     a model with frozen weights.
     """
 
