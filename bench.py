@@ -52,7 +52,7 @@ from data import Dialogues, collate, deal, positions_of
 from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder, expand_speech, read_write
 from omni import checkpoint
 from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, speech_positions, wav_bytes
-from omni.codec import load_codec, pace
+from omni.codec import load_codec, pace, stream
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
@@ -323,7 +323,7 @@ def bench_voice(W, repeats=20):
                     yield x
                 elif kind == "text":
                     text.append(time.perf_counter() - clock)
-        for piece in codec.stream(bursts()):
+        for piece in stream(codec, bursts()):
             now = time.perf_counter() - clock
             first = first or now
             buffer = max(buffer, now - first - heard)
@@ -432,7 +432,7 @@ def bench_stream(cfg, chunks=50, repeats=5):
             codec.next_piece(state, burst, final=False).cpu()
             row.append(time.perf_counter() - clock)
         times.append(row)
-        whole.append(timed((None, piece.cpu()) for piece in codec.stream(iter(bursts)))[1][-1])
+        whole.append(timed((None, piece.cpu()) for piece in stream(codec, iter(bursts)))[1][-1])
     median = [1000 * statistics.median(row[i] for row in times) for i in range(chunks)]
     result = {"chunk_2_ms": statistics.median(median[1:4]), "chunk_50_ms": statistics.median(median[-3:])}
     result["ratio"] = result["chunk_50_ms"] / result["chunk_2_ms"]

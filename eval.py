@@ -49,7 +49,7 @@ import omni.report as report
 from data import chat_ids, clips
 from omni import checkpoint
 from omni.audio import SAMPLE_RATE, log_mel
-from omni.codec import load_codec, pace
+from omni.codec import load_codec, pace, with_sound
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.engine import Engine, quicken
@@ -158,7 +158,7 @@ def answer_all(omni, tokenizer, codec, rows, numbers, cfg):
         except (OSError, ValueError, RuntimeError) as e:
             turn["error"] = str(e).splitlines()[0]
             return False
-        asked[reply] = turn, {}, [], perf_counter()
+        asked[reply] = turn, [], perf_counter()
         return True
 
     def begin():
@@ -181,13 +181,12 @@ def answer_all(omni, tokenizer, codec, rows, numbers, cfg):
     for _ in range(cfg.batch):
         begin()
     hook = omni.speech_generator.gate.register_forward_hook(keep_gate)
-    for reply, kind, x in engine.stream():
-        turn, state, pieces, start = asked[reply]
+    for reply, kind, x in with_sound(engine.stream(), codec):
+        turn, pieces, start = asked[reply]
         if kind == "note":
             turn["notes"].append(x)
-        if kind == "units" or kind == "done" and reply.units:
-            wav = codec.next_piece(state, x or [], final=kind == "done").cpu().numpy()
-            pieces.append((wav, perf_counter() - start))
+        if kind == "audio":
+            pieces.append((x.cpu().numpy(), perf_counter() - start))
         if kind != "done":
             continue
         del asked[reply]
@@ -197,6 +196,7 @@ def answer_all(omni, tokenizer, codec, rows, numbers, cfg):
                  "wav": np.concatenate([piece for piece, _ in pieces] or [np.zeros(0, np.float32)])}
         if len(turn["wav"]):
             turn |= pace([(len(wav) / codec.sample_rate, came) for wav, came in pieces])
+            turn["duration"] = len(turn["wav"]) / codec.sample_rate       # a sum of pieces rounds otherwise
         if len(held[d]) < len(rows[d]["users"]) and ask(d):
             continue
         yield over(d)

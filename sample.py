@@ -21,7 +21,7 @@ import torch
 from data import chat_ids, clips
 from omni import checkpoint
 from omni.audio import log_mel, read_audio
-from omni.codec import load_codec
+from omni.codec import load_codec, stream
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.engine import Engine, quicken
@@ -85,7 +85,7 @@ def answer(engine, tokenizer, codec, mels, replies, temperature, on_text=ignore,
             else:
                 notes.append(x)
 
-    for piece in codec.stream(bursts()) if codec else bursts():
+    for piece in stream(codec, bursts()) if codec else bursts():
         first.setdefault("audio", time.time() - start)
         pieces.append(piece.cpu().numpy())
         on_audio(pieces[-1])

@@ -11,17 +11,22 @@ A codec is an nn.Module, moved to a device with `.to`, with
     decode(units, final=True)   units (U,) or (B, U) -> wav (samples,) or (B, samples). With final=False the
                                 units are the beginning of a longer reply, and only the samples that no later
                                 unit can change are returned
-    next_piece(state, units, final)   the next units (a list) of a reply -> the samples (m,) that are now
-                                certain; state is a dict, first empty, that holds what the next piece needs
-    stream(bursts)              an iterable of lists of units, as the speech LM writes them -> yields pieces
-                                of waveform (samples,), each as early as possible; together they are the reply
+    next_pieces(states, bursts, finals)   the next units (lists) of several replies -> for each the samples
+                                (m,) that are now certain. A state is a dict, first empty, that holds what the
+                                reply's next piece needs
 
-There are two. A file is the nano codec (tiny/codec.py), a folder is CosyVoice 2 (omni/cosyvoice.py).
+There are two. A file is the nano codec (tiny/codec.py), a folder is CosyVoice 2 (omni/cosyvoice.py). `stream`
+and `with_sound` use either while units are being written.
 """
+import math
 import os
+import time
+from dataclasses import dataclass, field
 from functools import partial
 
 from omni.cosyvoice import CosyVoice2, onnx_session, tokenize
+
+LARGEST = 50                  # units that a piece of sound waits for at most
 
 
 def pace(pieces):
@@ -33,6 +38,77 @@ def pace(pieces):
         stalls += came > until
         until = max(until, came) + seconds
     return {"first_audio": pieces[0][1], "stalls": stalls, "duration": sum(seconds for seconds, _ in pieces)}
+
+
+@dataclass
+class Voiced:
+    """What has become of a reply's units."""
+    state: dict = field(default_factory=dict)         # the codec's
+    units: list = field(default_factory=list)         # not yet rendered
+    until: float = -math.inf                          # when all sound that has come will have been played
+
+
+def with_sound(events, codec):
+    """The events (reply, kind, x) of `Engine.stream`, and (reply, "audio", samples (m,)) between them; the
+    "done" of a reply comes after its last sound.
+
+    This is also the schedule of language models and codec, which share the cores. It wants the first sound of
+    each reply early, then no reply to pause, then little work. So after a round, first pieces are rendered
+    first. Of the other replies, those wait that have more sound to play than the next round and two
+    renderings take, until they have LARGEST units: a piece renders some of the past again, so larger ones
+    cost less. The rest are rendered together.
+    """
+    voiced, over, rendering, asked = {}, [], 0.0, time.monotonic()
+    for reply, kind, x in events:
+        if kind == "done":
+            over.append(reply)
+        elif kind != "round":
+            yield reply, kind, x
+        if kind == "units":
+            voiced.setdefault(reply, Voiced()).units.extend(x)
+        if kind != "round":
+            continue
+        voiced = {reply: sound for reply, sound in voiced.items() if reply in over or not reply.done}
+        now = time.monotonic()
+        patience = now - asked + 2 * rendering        # the next round may take as long as this one did
+        first, later = [], []
+        for reply, sound in voiced.items():
+            urgent = sound.until - now <= patience or len(sound.units) >= LARGEST
+            if reply in over or sound.units and urgent:
+                (later if sound.state else first).append(reply)
+        for replies in filter(None, (first, later)):
+            began, sounds = time.monotonic(), [voiced[reply] for reply in replies]
+            pieces = codec.next_pieces([sound.state for sound in sounds], [sound.units for sound in sounds],
+                                       [reply in over for reply in replies])
+            now = time.monotonic()
+            if any(map(len, pieces)):
+                rendering = now - began
+            for reply, sound, piece in zip(replies, sounds, pieces):
+                sound.units = []
+                if len(piece):
+                    sound.until = max(sound.until, now) + len(piece) / codec.sample_rate
+                    yield reply, "audio", piece
+        for reply in over:
+            voiced.pop(reply, None)
+            yield reply, "done", None
+        over, asked = [], time.monotonic()
+
+
+def stream(codec, bursts):
+    """Iterable of lists of units, as the speech LM writes them -> yields pieces of waveform (samples,), see
+    `with_sound`. Together they are `decode` of all the units; CosyVoice 2 fades where they meet."""
+    class Reply:
+        done = False
+
+    def events():
+        for burst in bursts:
+            yield Reply, "units", burst
+            yield None, "round", None
+        yield Reply, "done", None
+        yield None, "round", None
+    for _, kind, x in with_sound(events(), codec):
+        if kind == "audio":
+            yield x
 
 
 def load_codec(path, voice=None):

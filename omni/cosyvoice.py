@@ -18,7 +18,6 @@ None for a reply that is rendered whole.
 """
 import math
 import os
-import time
 from functools import lru_cache
 
 import numpy
@@ -30,7 +29,6 @@ import whisper
 from omni.audio import MEL_RATE, SAMPLE_RATE, UNIT_RATE, read_audio
 from omni.files import read_tensors
 
-LARGEST = 50                  # units that `stream` collects at most
 LOOKAHEAD = 3                 # units that the decoder must see beyond the one that it renders
 MEL_RATIO = 50 // UNIT_RATE   # mel frames per unit: 50 Hz / 25 Hz
 EULER_STEPS = 10              # of the flow, on a cosine schedule
@@ -708,6 +706,10 @@ class CosyVoice2(nn.Module):
         """The next units (a list) of a reply -> the samples (m,) that are now certain."""
         return self.next_wav(state, self.next_mel(state, units, final), final)
 
+    def next_pieces(self, states, bursts, finals):
+        """`next_piece` of several replies, one after the other."""
+        return [self.next_piece(*row) for row in zip(states, bursts, finals)]
+
     @torch.no_grad()
     def decode(self, units, final=True):
         """units (U,) or (B, U) -> wav (960 U,) or (B, 960 U); a list of replies (U_i,), which the flow
@@ -732,31 +734,3 @@ class CosyVoice2(nn.Module):
         for mel, row in zip(mels, units):
             wavs.append(self.next_wav({}, mel[None, :, :MEL_RATIO * len(row)], final=True))
         return wavs
-
-    def stream(self, bursts):
-        """Iterable of lists of units, as they are written -> yields pieces of waveform. Together they are
-        `decode` of all the units, except for the fades.
-
-        The first piece comes after chunk + 3 units. Each later one renders `reach` frames again, so larger
-        ones cost less: while there is more sound to play than the next burst and two such renderings take,
-        units are collected, up to LARGEST.
-        """
-        state, waiting = {}, []
-        plays_until, rendering, asked = -math.inf, 0.0, time.monotonic()
-        for burst in bursts:
-            waiting += burst
-            now = time.monotonic()
-            patience = now - asked + 2 * rendering        # the next burst may take as long as this one did
-            asked = now
-            if plays_until - now > patience and len(waiting) < LARGEST:
-                continue
-            wav = self.next_piece(state, waiting, final=False)
-            waiting = []
-            if len(wav):
-                rendering = time.monotonic() - now
-                plays_until = max(plays_until, time.monotonic()) + len(wav) / self.sample_rate
-                yield wav
-            asked = time.monotonic()
-        wav = self.next_piece(state, waiting, final=True)
-        if len(wav):
-            yield wav

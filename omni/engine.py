@@ -12,7 +12,7 @@ the first burst comes in two pieces.
     engine = Engine(omni, rows=8)
     for ids, clips in questions:
         engine.submit(ids, clips)
-    for reply, kind, x in engine.stream():            # "text", "units", "note", "done"
+    for reply, kind, x in engine.stream():            # "text", "units", "note", "done", "round"
         ...                                           # submit and cancel as you like
 
 What is shared is only time: each reply's choices are drawn with its own random numbers.
@@ -323,7 +323,8 @@ class Engine:
         """Make all replies: yields (reply, kind, x) and ends when there is nothing left to do.
 
         ("text", id), ("units", [unit, ...]), if a limit was hit ("note", why), and at the end of a reply
-        ("done", None), when its row is free already
+        ("done", None), when its row is free already. (None, "round", None) says that every reply has had its
+        turn, and what came since the last one may be rendered together
         """
         while self.waiting or self.active:
             self.hear()
@@ -336,6 +337,7 @@ class Engine:
                 if reply.text_done and (cut or reply.ended or not reply.speaks):
                     self.cancel(reply)
                     yield reply, "done", None
+            yield None, "round", None
 
     # ---------------------------------------------------------------------------- the parts of a round
 
@@ -471,6 +473,8 @@ class Engine:
                 said = i + 1
             if over:
                 break
+            if said == i + 1:
+                yield None, "round", None             # the first piece of a first burst
         for reply, row in zip(talking, x):
             reply.unread = [row[0]]
 

@@ -22,10 +22,12 @@ import threading
 import time
 import traceback
 
+import numpy as np
 import soxr
 import torch
 
 from omni.audio import log_mel
+from omni.codec import with_sound
 from omni.engine import Engine
 
 FORGOTTEN = 4                         # turns that a conversation which is too long forgets at once
@@ -39,7 +41,7 @@ class Question:
         self.speak, self.listen = speak, listen
         self.reply = None              # the engine's
         self.tokens, self.shown = [], ""
-        self.codec, self.resampler = {}, None         # what the next piece of sound needs to know
+        self.resampler = None
         self.asked, self.first, self.samples = time.monotonic(), None, 0
         self.cancelled = False
 
@@ -101,7 +103,7 @@ class Talker(threading.Thread):
         while not self.closed:
             self.obey(self.orders.get())              # sleep until somebody asks
             try:
-                for reply, kind, x in self.engine.stream():
+                for reply, kind, x in with_sound(self.engine.stream(), self.codec):
                     self.tell(reply, kind, x)
                     while not self.orders.empty():
                         self.obey(self.orders.get())
@@ -149,13 +151,13 @@ class Talker(threading.Thread):
             if not whole.endswith("\ufffd"):          # else a letter's other bytes come with the next token
                 question.listen("text", whole[len(question.shown):])
                 question.shown = whole
-        elif kind == "units":
-            self.play(question, x, final=False)
+        elif kind == "audio":
+            self.play(question, x.cpu().numpy(), last=False)
         elif kind == "note":
             question.listen("note", x)
-        else:
-            if question.speak:
-                self.play(question, [], final=True)
+        elif kind == "done":
+            if question.resampler:
+                self.play(question, np.zeros(0, np.float32), last=True)
             if question.samples:
                 seconds = time.monotonic() - question.asked
                 self.factors = [*self.factors[-999:], seconds * self.rate / question.samples]
@@ -163,13 +165,12 @@ class Talker(threading.Thread):
             question.listen("done", {"prompt": len(reply.ids), "text": len(reply.text),
                                      "units": len(reply.units)})
 
-    def play(self, question, units, final):
-        """Units -> sound, on its way at once."""
-        wav = self.codec.next_piece(question.codec, units, final).cpu().numpy()
+    def play(self, question, wav, last):
+        """The next piece of sound (n,), at the codec's rate, is on its way at once."""
         if self.codec.sample_rate != self.rate:
             if question.resampler is None:
                 question.resampler = soxr.ResampleStream(self.codec.sample_rate, self.rate, 1, "float32")
-            wav = question.resampler.resample_chunk(wav, last=final)
+            wav = question.resampler.resample_chunk(wav, last)
         if not len(wav):
             return
         if question.first is None:

@@ -17,7 +17,8 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from omni import checkpoint, cosyvoice
+from omni import checkpoint
+from omni import codec as codecs
 from omni.codec import load_codec, load_encoder
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2, HiFT, fbank, onnx_session
@@ -178,7 +179,7 @@ def test_no_click_where_pieces_join(codec, monkeypatch, chunk, seed):
     if seed is not None:
         change_weights(codec, seed)
     codec.flow.chunk = chunk
-    monkeypatch.setattr(cosyvoice, "LARGEST", 0)      # as many pieces as there can be
+    monkeypatch.setattr(codecs, "LARGEST", 0)      # as many pieces as there can be
     vary_pitch(codec)
     whole = codec.decode(UNITS[0])
     mel = codec.flow(UNITS, codec.voice)
@@ -186,7 +187,7 @@ def test_no_click_where_pieces_join(codec, monkeypatch, chunk, seed):
     lost = rms(alone - whole)
     assert lost > 0.01 * rms(whole)
 
-    pieces = list(codec.stream(bursts([10] * N)))
+    pieces = list(codecs.stream(codec, bursts([10] * N)))
     error = torch.cat(pieces) - whole
     assert len(whole) == N * RATIO * FRAME and len(pieces) > 4
     assert rms(error) < 0.05 * lost
@@ -227,7 +228,7 @@ def test_bursts_do_not_matter(codec, name, first):
         for burst in bursts(BURSTS[name]):
             taken.extend(burst)
             yield burst
-    stream = codec.stream(take())
+    stream = codecs.stream(codec, take())
     pieces = [next(stream)]
     assert len(taken) == first
     wav = torch.cat([*pieces, *stream])
@@ -243,7 +244,7 @@ def test_pieces_grow_while_sound_waits_to_be_played(codec, monkeypatch, gap, ren
     rendered: the first piece is one chunk, later ones as many as fit into what is still to be played, up to
     50 units. Playback stalls no more often than if each chunk were rendered at once."""
     codec.flow.chunk, now, render = 10, [0.0], codec.next_piece
-    monkeypatch.setattr(cosyvoice.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(codecs.time, "monotonic", lambda: now[0])
 
     def next_piece(*args, **more):
         now[0] += rendering
@@ -258,7 +259,7 @@ def test_pieces_grow_while_sound_waits_to_be_played(codec, monkeypatch, gap, ren
     def play():
         """Chunks in each piece, and how often the next one came too late."""
         pieces, plays_until, stalls = [], math.inf, 0
-        for piece in codec.stream(take()):
+        for piece in codecs.stream(codec, take()):
             stalls += now[0] > plays_until
             plays_until = now[0] if math.isinf(plays_until) else max(plays_until, now[0])
             plays_until += len(piece) / codec.sample_rate
@@ -266,7 +267,7 @@ def test_pieces_grow_while_sound_waits_to_be_played(codec, monkeypatch, gap, ren
         return pieces, stalls
     pieces, stalls = play()
     assert pieces[:4] == sizes and max(pieces) <= 5 and sum(pieces) == 30
-    monkeypatch.setattr(cosyvoice, "LARGEST", 0)
+    monkeypatch.setattr(codecs, "LARGEST", 0)
     at_once, unavoidable = play()
     assert len(at_once) >= 29 and stalls <= unavoidable
 
@@ -304,7 +305,7 @@ def test_beginning_of_a_reply(codec):
     close(part, whole[:len(part)])
     assert len(codec.decode(UNITS[0, :5], final=False)) == 0
     assert len(codec.decode(UNITS[0, :0])) == 0
-    assert list(codec.stream([[], []])) == []
+    assert list(codecs.stream(codec, [[], []])) == []
 
 
 # ------------------------------------------------------------------------------------------- several at once

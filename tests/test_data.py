@@ -14,6 +14,7 @@ from conftest import CHECKPOINT
 from safetensors.torch import load_file
 
 from model import expand_speech
+from omni import codec as codecs
 from omni.audio import log_mel, read_audio, read_wav, speech_positions, wav_bytes
 from omni.espeak import VARIANTS, draw_voice, plain
 from tiny import unclear, world
@@ -350,7 +351,7 @@ def test_streamed_sound_equals_decoded_sound(bursts):
     torch.manual_seed(0)
     codec = NanoCodec(dim=32, phonemes="a").eval()
     units = torch.randint(6561, (sum(bursts),))
-    pieces = list(codec.stream([burst.tolist() for burst in units.split(bursts)]))
+    pieces = list(codecs.stream(codec, [burst.tolist() for burst in units.split(bursts)]))
     whole = codec.decode(units)
     assert len(whole) == 640 * len(units) and whole.std() > 0.01
     # a rounding error in the pitch moves every later pulse a little: we have seen 4e-5 of the peak
@@ -362,9 +363,84 @@ def test_a_piece_of_a_long_reply_costs_what_an_early_one_does():
     """What a stream remembers, and so what it renders again, stops growing."""
     codec, state, held = NanoCodec(dim=32, phonemes="a").eval(), {}, []
     for burst in torch.randint(6561, (300,)).split(10):
-        codec.next_piece(state, burst.tolist(), final=False)
-        held.append((len(state["units"]), state["f0"].shape[1], state["start"] > 0))
+        codec.next_pieces([state], [burst.tolist()], [False])
+        held.append((len(state["units"]), len(state["f0"]), state["start"] > 0))
     assert held[5:] == held[4:-1] and held[-1][2] and held[-1][0] < CONTEXT + 10
+
+
+def tell(script):
+    """Events as an engine yields them. script: rounds, each a list of (reply, units or None at its end)."""
+    for told in script:
+        for reply, units in told:
+            if not reply.done:
+                yield reply, "done" if units is None else "units", units
+        yield None, "round", None
+
+
+class Asked:
+    """A reply, as far as `with_sound` knows it."""
+    done = False
+
+
+def test_company_changes_no_sound(monkeypatch):
+    """Replies that begin and end at different times are rendered together where their windows are equally
+    long, and each sounds as it does alone. Of one that is cancelled nothing more comes."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(codecs, "LARGEST", 0)         # as many pieces as there can be
+    codec = NanoCodec(dim=32, phonemes="a").eval()
+    replies, units = [Asked() for _ in range(4)], torch.randint(6561, (4, 130)).tolist()
+    ends, script = [130, 70, 130, 93], [[] for _ in range(18)]
+    for i, (reply, row, end) in enumerate(zip(replies, units, ends)):
+        for n, at in enumerate(range(0, end, 10)):
+            script[n + i].append((reply, row[at:min(at + 10, end)]))
+        script[n + i].append((reply, None))
+    sizes, sound = [], codec.sound
+
+    def count(units, *more):
+        sizes.append(len(units))
+        return sound(units, *more)
+    monkeypatch.setattr(codec, "sound", count)
+    heard = {reply: [] for reply in replies}
+    for reply, kind, x in codecs.with_sound(tell(script), codec):
+        if kind == "audio":
+            heard[reply].append(x)
+            assert reply is not replies[2] or not reply.done
+            replies[2].done |= len(heard[replies[2]]) == 3
+        if kind == "done":
+            whole = codec.decode(torch.tensor(units[replies.index(reply)][:ends[replies.index(reply)]]))
+            peak = whole.abs().max().item()
+            torch.testing.assert_close(torch.cat(heard[reply]), whole, atol=2e-4 * peak, rtol=0)
+            heard[reply] = None
+    assert [heard[reply] is None for reply in replies] == [True, True, False, True]
+    assert max(sizes) >= 3                            # decode counts, too, with one row each
+
+
+def test_first_sounds_are_made_first(monkeypatch):
+    """By a clock that only rendering and writing move: who has heard nothing yet is served before who waits
+    for more, and who has enough to play waits until it is needed or the reply ends."""
+    now, order = [0.0], []
+
+    class Codec:
+        sample_rate = 25                              # a sample a unit
+
+        def next_pieces(self, states, bursts, finals):
+            now[0] += 0.05
+            order.append([(state.setdefault("name", len(burst)), len(burst)) for state, burst
+                          in zip(states, bursts)])
+            return [torch.zeros(len(burst)) for burst in bursts]
+    monkeypatch.setattr(codecs.time, "monotonic", lambda: now[0])
+    old, new = Asked(), Asked()
+
+    def events():
+        script = [[(old, [0] * 10)]] + [[(old, [0] * 10), (new, [0] * 9)]] * 3 + [[(old, None), (new, None)]]
+        for told in script:
+            now[0] += 0.1
+            yield from tell([told])
+    kinds = [(reply is new, kind) for reply, kind, _ in codecs.with_sound(events(), Codec())]
+    # a round and two renderings take 0.2 s. At 0.25 the old one has 0.3 to play, at 0.4 the new one 0.26, at
+    # 0.55 the old one 0.8: they wait
+    assert order == [[(10, 10)], [(9, 9)], [(10, 20)], [(9, 18)], [(10, 10), (9, 0)]]
+    assert kinds[-2:] == [(False, "done"), (True, "done")]
 
 
 def test_encode_counts_units():

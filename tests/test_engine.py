@@ -24,6 +24,8 @@ def collect(stream):
     """{reply: [(kind, x)]} of what a stream yields; bursts are put together."""
     events = {}
     for reply, kind, x in stream:
+        if kind == "round":
+            continue
         mine = events.setdefault(reply, [])
         if kind == "units" and mine and mine[-1][0] == "units":
             mine[-1] = kind, mine[-1][1] + x

@@ -10,7 +10,6 @@ too: a pitch, a filter for a pulse train at that pitch, and a filter for noise. 
 
     wav 16 kHz -> log-mel 100 Hz -> 4x convolution -> FSQ -> units 25 Hz -> frames 100 Hz -> wav 16 kHz
 """
-import itertools
 import math
 import os
 
@@ -164,8 +163,9 @@ class NanoCodec(nn.Module):
         return spectrum.transpose(1, 2)[:, :-1]
 
     def sound(self, units, start=0, cycles=0.0, known=None):
-        """Units (B, U) -> wav (B, 640 U), pitch in Hz (B, 4 U). Of a reply in the middle: the first unit is
-        number `start`, behind so many cycles of the pitch, which is known of the first frames (B, n)."""
+        """Units (B, U) -> wav (B, 640 U), pitch in Hz (B, 4 U). Of replies in the middle: the first unit is
+        number `start` (B, 1), behind so many cycles (B, 1) of the pitch, which is known of the first frames
+        (B, n)."""
         f0, pulse, noise = self.render(FSQ.to_codes(units).to(self.curve.device))
         if known is not None:
             f0 = torch.cat([known, f0[:, known.shape[1]:]], 1)
@@ -188,33 +188,34 @@ class NanoCodec(nn.Module):
         return wav if final else wav[:, :max(0, wav.shape[1] - self.unsure)]
 
     @torch.no_grad()
-    def next_piece(self, state, units, final):
-        """The next units (a list) of a reply -> the samples (m,) that are now certain. state: a dict, first
-        empty. Only the last CONTEXT units are rendered again, so a piece of a long reply costs no more."""
-        units = state.get("units", []) + list(units)      # from number `start` on
-        start, sent, cycles = state.get("start", 0), state.get("sent", 0), state.get("cycles", 0.0)
-        hop = self.frames * self.hop                      # samples in a unit
-        stop = max(sent, (start + len(units)) * hop - (0 if final else self.unsure))
-        piece = self.curve.new_zeros(0)
-        if stop > sent:
-            wav, f0 = self.sound(torch.tensor([units]), start, cycles, state.get("f0"))
-            piece = wav[0, sent - start * hop:stop - start * hop]
-            past = max(0, stop // hop - CONTEXT - start)  # units that are not needed any more
-            passed = f0[0, :past * self.frames].double().sum().item() * self.hop / self.sample_rate
-            state["f0"] = f0[:, past * self.frames:(stop - start * hop) // self.hop]
-            state["cycles"] = (cycles + passed) % 1
-            start, units = start + past, units[past:]
-        state |= {"units": units, "start": start, "sent": stop}
-        return piece
-
-    def stream(self, bursts):
-        """Iterable of lists of units, as they are written -> yields pieces of waveform. Together they are
-        `decode` of all the units."""
-        state = {}
-        for burst, final in itertools.chain(zip(bursts, itertools.repeat(False)), [([], True)]):
-            wav = self.next_piece(state, burst, final)
-            if len(wav):
-                yield wav
+    def next_pieces(self, states, bursts, finals):
+        """The next units (lists) of several replies -> the samples (m,) of each that are now certain; states:
+        dicts, first empty. Only the last CONTEXT units are rendered again, so a piece of a long reply costs
+        no more, and replies whose windows are equally long are rendered together."""
+        hop, together = self.frames * self.hop, {}        # hop: samples in a unit
+        pieces = [self.curve.new_zeros(0) for _ in states]
+        for i, (state, burst, final) in enumerate(zip(states, bursts, finals)):
+            if not state:
+                state |= {"units": [], "start": 0, "sent": 0, "cycles": 0.0, "f0": self.curve.new_zeros(0)}
+            state["units"] = state["units"] + list(burst)             # from number `start` on
+            stop = (state["start"] + len(state["units"])) * hop - (0 if final else self.unsure)
+            if stop > state["sent"]:
+                together.setdefault((len(state["units"]), len(state["f0"])), []).append((i, stop))
+        for rows in together.values():
+            group = [states[i] for i, _ in rows]
+            start, cycles = (torch.tensor([state[key] for state in group], device=self.curve.device)[:, None]
+                             for key in ("start", "cycles"))
+            known = torch.stack([state["f0"] for state in group])
+            wavs, f0 = self.sound(torch.tensor([state["units"] for state in group]), start, cycles, known)
+            for (i, stop), state, wav, hz in zip(rows, group, wavs, f0):
+                first = state["start"]
+                pieces[i] = wav[state["sent"] - first * hop:stop - first * hop]
+                past = max(0, stop // hop - CONTEXT - first)          # units that are not needed any more
+                passed = hz[:past * self.frames].double().sum().item() * self.hop / self.sample_rate
+                state["f0"] = hz[past * self.frames:(stop - first * hop) // self.hop]
+                state["cycles"] = (state["cycles"] + passed) % 1
+                state |= {"units": state["units"][past:], "start": first + past, "sent": stop}
+        return pieces
 
     def save(self, path):
         """Write the weights, as float16, and what `load` needs to know, whole or not at all."""
