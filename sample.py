@@ -25,6 +25,7 @@ from omni.codec import load_codec, stream
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.engine import Engine, quicken
+from omni.trace import trace
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class SampleConfig:
     temperature: float = 0.3           # of the units; 0 takes the likeliest. The paper samples at 1.0
     top_p: float = 1.0                 # draw units from the likeliest that together have this probability
     repeats: float = 0.0               # redraw units that fill this share of the last 10 (VALL-E 2); 0: never
+    trace: bool = False                # print what passes through each part, and how long it takes
     seed: int = 1337                   # of the sampling
 
     def __post_init__(self):
@@ -54,11 +56,7 @@ class SampleConfig:
             raise ValueError(f"out is {self.out!r}; it must end in .wav, .flac, .ogg or the like")
 
 
-def ignore(piece):
-    """Where a piece of text or sound goes if nobody asked for it."""
-
-
-def answer(engine, tokenizer, codec, mels, replies, temperature, on_text=ignore, on_audio=ignore):
+def answer(engine, tokenizer, codec, mels, replies, temperature, on_text, on_audio):
     """One turn, streaming.
 
     mels     log-mels of all the user's turns so far;  replies: the texts of the assistant's turns so far
@@ -90,8 +88,7 @@ def answer(engine, tokenizer, codec, mels, replies, temperature, on_text=ignore,
         pieces.append(piece.cpu().numpy())
         on_audio(pieces[-1])
     text = tokenizer.decode(tokens)
-    if len(text) > len(shown):
-        on_text(text[len(shown):])
+    on_text(text[len(shown):])
     wav = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     return text, wav, notes, (first.get("text"), first.get("audio"), time.time() - start)
 
@@ -133,6 +130,7 @@ def main():
         fail(e)
     engine = Engine(quicken(omni.eval().to(device)), max_tokens=cfg.max_tokens, max_units=cfg.max_units,
                     top_p=cfg.top_p, repeats=cfg.repeats)
+    show = trace(engine, codec) if cfg.trace else None
     player = open_player(codec.sample_rate) if cfg.play and codec else None
     replies = []
     for turn, question in enumerate(asked):
@@ -155,6 +153,8 @@ def main():
             times += f", first audio {1000 * first_audio:.0f} ms, {seconds:.2f} s of speech in {total:.2f} s"
             times += f": real-time factor {total / seconds:.2f}\nsaved {path}"
         print(times)
+        if show:
+            show()
     if player:
         player.stop()                                 # waits until the last piece has been played
         player.close()

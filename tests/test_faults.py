@@ -655,7 +655,7 @@ def test_patience(world, tmp_path):
 
 def test_compare(world, tmp_path):
     """A loss near the reference's is called normal; one that a far too high learning rate ruined is not."""
-    reference = read_json("runs/reference_curves", "stage1.json")["loss"]["10"]
+    reference = read_json("runs/reference_curves", "stage1.json")["loss"]["10"][0]
     more = ["--epochs", 1.7, "--log_every", 10, "--eval_every", 99, "--compare", True,
             "--llm", "tiny/qwen2", "--speech_lm", "tiny/qwen2", "--whisper", "tiny/whisper.pt"]
     for lr, verdict in ((0.0004, ": normal"), (0.4, ": NOT normal, too high")):

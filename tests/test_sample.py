@@ -99,7 +99,7 @@ def test_what_is_played_is_what_is_returned(tiny, monkeypatch):
     units = [unit for i in range(len(ids)) for unit in (i % 7, i % 5)]
     assert np.array_equal(wav, np.repeat(np.array(units, np.float32) / np.float32(10), 4))
     assert np.array_equal(wav, np.concatenate(sound))
-    assert len(sound) == len(ids)
+    assert 1 < len(sound) <= len(ids)                 # who has enough to play waits for more
     assert text == "Paris is nice."
     assert notes == ["made up"]
     assert 0 <= first_text <= first_audio <= total
