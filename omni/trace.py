@@ -28,7 +28,7 @@ def trace(engine, codec):
         ("adapter", omni.model.speech_projector, "forward", "5 frames -> 1 position of the LLM, 10 Hz"),
         ("LLM", engine.llm, "step", "positions -> states: the prompt, then each token"),
         ("fusion", generator, "fuse", "a state and its token -> a row for the speech LM"),
-        ("speech LM", engine.speech_lm, "step", "rows read, then units written, one by one -> states"),
+        ("speech LM", engine.speech_lm, "step", "rows read, then units one by one -> states"),
         ("head", engine, "head", "a state -> logits of 6,561 units and EOS")]
     if codec:
         parts.append(("codec", codec, "next_pieces", "units -> samples"))
