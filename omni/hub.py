@@ -143,13 +143,16 @@ def history(folder):
 
 
 def public(x):
-    """A meta.json without what is nobody's business: of an absolute path only its last name is left, and of
-    the synthesizer's command, which may hold a password, nothing."""
+    """A meta.json, or a text, without what is nobody's business: of an absolute path only its last name is
+    left, and of the synthesizer's command, which may hold a password, nothing."""
     if isinstance(x, dict):
         return {key: "a command" if key == "tts" and value else public(value) for key, value in x.items()}
     if isinstance(x, list):
         return [public(value) for value in x]
-    return os.path.basename(os.path.normpath(x)) if isinstance(x, str) and os.path.isabs(x) else x
+    if not isinstance(x, str):
+        return x
+    pieces = re.split("([=,])", x)                    # --runs=/home/me/a,/home/me/b
+    return "".join(os.path.basename(os.path.normpath(p)) if os.path.isabs(p) else p for p in pieces)
 
 
 def origins(metas, start):
@@ -200,8 +203,8 @@ def figures(cfg, folder):
     command = shlex.join(public(shlex.split(results.get("command", ""))))
     about = [f"Command: `python {command}`" if command else "Command: unknown",
              f"Commit: {results.get('git') or 'unknown'}. Set: {settings['set']}.",
-             "In percent. s2t: the text is right; s2s: what a recognizer hears in the speech is; wer: its word "
-             "errors. eval.py explains the others."]
+             "In percent. s2t: the text is right; s2s: what a recognizer hears in the speech is; wer: its "
+             "word errors. eval.py explains the others."]
     return "  \n".join(about) + "\n\n" + report.table(results["figures"], results["categories"], [])
 
 
