@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from whisper.model import ModelDimensions, Whisper
 
 from model import SPEECH, forward_packed
 from omni import checkpoint, hub
@@ -28,11 +30,24 @@ STAGES = {"stage1": (700, 0.125), "stage1_tts": (800, 0.25), "stage2": (900, 0.3
 FIGURES = {"turns": [321], "s2t": [87.5, 80.0, 95.0]}
 
 
+def make_backbones(at):
+    """Random ones under the names of the embedded world's, smaller."""
+    shutil.copytree(ROOT / "tiny/qwen2", at / "qwen2")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = Qwen2Config.from_pretrained(at / "qwen2", **sizes, layer_types=["full_attention"])
+    Qwen2ForCausalLM(config).save_pretrained(at / "qwen2")
+    dims = ModelDimensions(80, 1500, 64, 1, 2, n_vocab=9, n_text_ctx=9, n_text_state=64, n_text_head=1,
+                           n_text_layer=1)
+    weights = Whisper(dims).state_dict()
+    weights["encoder.positional_embedding"] = torch.randn(1500, 64)
+    torch.save({"dims": dims.__dict__, "model_state_dict": weights}, at / "whisper.pt")
+
+
 def make_run(at, stage, before):
     """A run's folder, written as train.py writes it, with weights that differ from those before."""
     settings = {"stage": stage, "corpus": "/home/me/corpus", "out_dir": str(at / stage), "init_from": before,
-                "llm": str(ROOT / "tiny/qwen2"), "whisper": str(ROOT / "tiny/whisper.pt"), "fusion": "gate",
-                "speech_lm": str(ROOT / "tiny/qwen2"), "lora_rank": 0, "freeze_llm": False, "batch_size": 24,
+                "llm": str(at / "tiny/qwen2"), "whisper": str(at / "tiny/whisper.pt"), "fusion": "gate",
+                "speech_lm": str(at / "tiny/qwen2"), "lora_rank": 0, "freeze_llm": False, "batch_size": 24,
                 "lr": 0.0075, "resume": True, "keep": 2}
     Config = dataclasses.make_dataclass("Config", settings)
     run = Run(Config(**settings), set(), accelerate.Accelerator(cpu=True))
@@ -60,6 +75,7 @@ def runs(tmp_path_factory):
     """A folder with the runs of three stages, each from the one before."""
     at, before = tmp_path_factory.mktemp("runs"), None
     torch.manual_seed(0)
+    make_backbones(at / "tiny")
     for stage in STAGES:
         make_run(at, stage, before)
         before = str(at / stage)
@@ -119,8 +135,9 @@ def evaluation(runs, weights=None):
     folder.mkdir(exist_ok=True)
     weights = weights or sha256(runs / "stage2/final/model.safetensors")
     (folder / "settings.json").write_text(json.dumps({"set": "tiny", "weights": weights}))
-    (folder / "results.json").write_text(json.dumps({
-        "figures": FIGURES, "categories": {}, "git": "c0ffee", "command": "eval.py --ckpt /home/me/bot --runs=/home/me/a,/home/me/b"}))
+    results = {"figures": FIGURES, "categories": {}, "git": "c0ffee",
+               "command": "eval.py --ckpt /home/me/bot --runs=/home/me/a,/home/me/b"}
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
