@@ -96,7 +96,7 @@ In a clone of nanoOmni; the units need the codec that made them (see Licences).
 {limits}
 """
 ONNX = """
-speech.onnx is the half that hears. Its input "mel" is float32 (n_mels, frames) at 100 Hz, at most 3,000
+onnx/speech.onnx is the half that hears. Its input "mel" is float32 (n_mels, frames) at 100 Hz, at most 3,000
 frames, as `log_mel` in omni/audio.py makes it; longer clips go in pieces of 3,000. Its output "positions" is
 (frames / 10, H), what the LLM reads in place of `<speech>`. In onnxruntime it differed from torch by at most
 {:.0e} of the largest value, on noise of 1, 3.7 and 30 s.
@@ -286,9 +286,11 @@ class Ears(nn.Module):
         return adapter.linear2(F.relu(adapter.linear1(x)))
 
 
-def export_onnx(omni, path):
-    """Write `Ears` as ONNX; its input and output have the lengths of the clip -> the largest difference from
+def export_onnx(omni, folder):
+    """Write `Ears` into a new folder, as speech.onnx, for clips of any length -> the largest difference from
     `Omni.encode_speech` and the adapter, as a share of the largest value. fail() above 1e-4."""
+    os.makedirs(folder)
+    path = os.path.join(folder, "speech.onnx")        # weights of more than 2 GB lie in files beside it
     n_mels = omni.model.speech_encoder.n_mels
     with warnings.catch_warnings():                   # torch's newer exporter needs onnxscript
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -310,7 +312,7 @@ def write(cfg, folder, target, copy):
     """Make the new folder `target`: a checkpoint's files, each put there by copy(file, new), with a card."""
     shutil.copytree(os.path.abspath(folder), target, copy_function=copy)
     omni = checkpoint.load(cfg.ckpt)[0].eval()
-    onnx = export_onnx(omni, os.path.join(target, "speech.onnx")) if cfg.onnx else None
+    onnx = export_onnx(omni, os.path.join(target, "onnx")) if cfg.onnx else None
     replace_file(os.path.join(target, "README.md"), card(cfg, folder, omni, onnx))
     meta = public(read_json(folder, "meta.json"))
     replace_file(os.path.join(target, "meta.json"), json.dumps(meta, indent=1))
@@ -323,7 +325,7 @@ def upload(cfg, folder):
         api.create_repo(cfg.name, exist_ok=True)
         # a reader loads all weights that it finds, so those of an earlier upload must go
         api.upload_folder(repo_id=cfg.name, folder_path=folder, commit_message="Upload from nanoOmni",
-                          delete_patterns=["*.safetensors", "*.onnx"])
+                          delete_patterns=["*.safetensors", "onnx/*"])
     except Exception as e:                            # a network and a hub can fail in many ways
         fail(f"{cfg.name} cannot be uploaded ({e}); check the network and `hf auth whoami`, or write it with "
              "--folder DIR")

@@ -254,7 +254,7 @@ def test_upload(monkeypatch, runs, fake, capsys):
     assert (first, created) == ("create_repo", {"repo_id": "me/bot", "exist_ok": True})
     assert second == "upload_folder" and uploaded["repo_id"] == "me/bot"
     assert uploaded["files"] == {*os.listdir(runs / "stage2/final"), "README.md"}
-    assert uploaded["delete_patterns"] == ["*.safetensors", "*.onnx"]
+    assert uploaded["delete_patterns"] == ["*.safetensors", "onnx/*"]
     ours, theirs = uploaded["omni"].state_dict(), checkpoint.load(str(runs / "stage2"))[0].state_dict()
     assert all(ours[key].equal(theirs[key]) for key in theirs)
     assert "https://huggingface.co/me/bot" in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_onnx_hears_what_torch_hears(monkeypatch, runs, tmp_path):
     than 30 s in pieces. To 1e-4 of the largest value."""
     share(monkeypatch, runs / "stage2", "--folder", tmp_path / "look", "--onnx")
     assert "speech.onnx" in (tmp_path / "look/README.md").read_text()
-    session = onnxruntime.InferenceSession(tmp_path / "look/speech.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(tmp_path / "look/onnx/speech.onnx", providers=["CPUExecutionProvider"])
     omni = checkpoint.load(str(tmp_path / "look"))[0]
 
     def hear(mel):
