@@ -297,7 +297,8 @@ def test_onnx_hears_what_torch_hears(monkeypatch, runs, tmp_path):
     than 30 s in pieces. To 1e-4 of the largest value."""
     share(monkeypatch, runs / "stage2", "--folder", tmp_path / "look", "--onnx")
     assert "speech.onnx" in (tmp_path / "look/README.md").read_text()
-    session = onnxruntime.InferenceSession(tmp_path / "look/onnx/speech.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(tmp_path / "look/onnx/speech.onnx",
+                                           providers=["CPUExecutionProvider"])
     omni = checkpoint.load(str(tmp_path / "look"))[0]
 
     def hear(mel):
