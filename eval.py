@@ -33,6 +33,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import shlex
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
@@ -54,7 +56,7 @@ from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.engine import Engine, quicken
 from omni.espeak import speak
-from omni.files import Lines, read_json, replace_file, sha256
+from omni.files import Lines, commit, read_json, replace_file, sha256
 from omni.judges import by_sphinx, by_whisper, language_model, scores
 from omni.score import difference, errors, interval, is_right, mean, ratio
 from omni.sets import published, read_set, write_forms
@@ -508,9 +510,9 @@ def settings_of(cfg, rows):
     """What decides the answers: no others may be mixed with them."""
     keys = ("ckpt", "set", "path", "tts", "corpus", "split", "dialogues", "codec", "voice", "text",
             "max_tokens", "max_units", "temperature", "top_p", "repeats", "seed")
-    newest = checkpoint.newest_checkpoint(cfg.ckpt) or cfg.ckpt
-    weights = os.path.join(newest, "model.safetensors")
-    mark = sha256(weights) if os.path.exists(weights) else newest
+    folder = checkpoint.find(cfg.ckpt)
+    weights = os.path.join(folder, "model.safetensors")
+    mark = sha256(weights) if os.path.exists(weights) else folder
     return {key: asdict(cfg)[key] for key in keys} | {"questions": len(rows), "weights": mark}
 
 
@@ -648,8 +650,9 @@ def write(cfg, rows, turns, result):
              f"{cfg.recognizer or 'the recognizer'} hears is; in percent.")
     print("\n" + markdown)
     listed = [{key: x for key, x in turn.items() if key not in ("about", "units")} for turn in turns]
-    replace_file(f"{cfg.out}/results.json", json.dumps({"figures": result, "categories": categories,
-                                                        "turns": listed}, indent=1))
+    made = {"figures": result, "categories": categories, "turns": listed, "git": commit(),
+            "command": shlex.join(sys.argv)}
+    replace_file(f"{cfg.out}/results.json", json.dumps(made, indent=1))
     replace_file(f"{cfg.out}/report.md", f"# {title}\n\n{about}\n\n{markdown}")
     order = sorted(turns, key=lambda turn: (report.VERDICTS.index(report.verdict(turn)),
                                             -ratio(np.array(turn.get("errors") or (0, 1)))))

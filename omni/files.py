@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 
 import torch
 
@@ -38,6 +39,16 @@ def sha256(path):
     """Hash of a file, as hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def commit():
+    """The hash of the commit that is checked out here; empty if this is not a clone."""
+    try:
+        git = subprocess.run(["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+    except OSError:                                   # there is no git
+        return ""
+    return git.stdout.strip()
 
 
 def flush(path):

@@ -15,7 +15,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 
 import accelerate
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from omni import checkpoint, parallel
 from omni.configure import fail
-from omni.files import read_json
+from omni.files import commit, read_json
 
 
 def rng_state():
@@ -132,10 +131,9 @@ class Run:
         folder, failed_bytes = os.path.join(self.folder, f"step-{step:06d}"), 0
         if self.main:
             tmp = folder + ".part"
-            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
             versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
             meta = about | {"step": step, "config": self.config, "corpus": self.corpus, "base": self.base,
-                            "git": git.stdout.strip(), "processes": self.accelerator.num_processes,
+                            "git": commit(), "processes": self.accelerator.num_processes,
                             "device": str(self.accelerator.device), "versions": versions, "log": self.history}
             try:
                 checkpoint.save(omni, tmp, *tokenizers, {k: w for k, w in weights.items() if k in trained})

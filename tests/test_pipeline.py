@@ -75,6 +75,11 @@ def test_three_stages_and_a_reply(world):
         "--dialogues", 2, "--out", world / "eval", "--runs", runs)
     assert (world / "eval/demo.png").stat().st_size > 10000
     assert read_json(world / "eval", "results.json")["figures"]["turns"][0] > 0
+    run(sys.executable, "-m", "omni.hub", world / "stage2", "--folder", world / "shared", "--eval",
+        world / "eval")
+    card = (world / "shared/README.md").read_text()
+    for words in ("| stage 1 | ", "| stage 1 TTS | ", "| stage 2 | ", "| turns | ", "`python eval.py --ckpt"):
+        assert words in card
     for name in re.findall(r"\]\((\S+)\)", (world / "eval/gallery.md").read_text()):
         assert len(soundfile.read(world / "eval" / name)[0]) > 1600
 
