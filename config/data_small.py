@@ -11,11 +11,11 @@ hears only espeak-ng: how well it carries over is not known. With --tts and --vo
 and answers (config/data_text.py shows piper).
 
 The replies become CosyVoice 2's units, which it speaks in the voice of any clip. The nano codec
-(--codec tiny/codec.pt) needs no download and has the voice of these replies, but learned it from the 280
-words of the embedded world. Of 20 sentences of ordinary
-English pocketsphinx hears 31 % of the words wrong from espeak-ng itself and 62 % after the codec, with its own
-language model; 3 and 10 % if it knows which words follow which in these sentences (script not kept). So it is
-for trying the way, not for speaking.
+(--codec tiny/codec.pt) needs no download and has the voice of these replies, but it learned that voice from
+the 280 words of the embedded world. On 20 sentences of ordinary English pocketsphinx errs in 31 % of the
+words of espeak-ng itself and in 62 % after the codec; if it knows the sentences' words, in 35 and 54 %; if it
+knows which follow which, in 3 and 10 % (the script is not kept). So the nano codec is good for trying the
+way, not for speaking.
 """
 source = "text"
 path = "downloads/dolly_short.jsonl"
