@@ -2,12 +2,12 @@
 What a stage of training takes, by arithmetic from its config file: memory, FLOPs, hours, dollars, disk.
 
 Why: whoever rents a GPU wants to know which one before, and we had none to measure on. So everything here is
-computed; only the formula of the activations was held against a count (tests/test_costs.py).
+computed; only activations and FLOPs were held against what torch counts (tests/test_costs.py).
 
     state          16 bytes for a trained parameter (weight, gradient, AdamW's two moments, all fp32), 4 for a
                    frozen one
     bf16 copies    2 bytes for each weight that autocast copies and the backward pass needs: of what is
-                   trained, and with LoRA of the LLM's frozen layers, unless these are recomputed
+                   trained, and with LoRA of the LLM's head and, unless they are recomputed, its layers
     activations    `activations` bytes for each position of a full micro-batch (micro_tokens) that gets a
                    gradient. Left out: adapter and gate fusion, 2 % of it, and the frozen encoder, which is
                    done before the rest is there
@@ -17,9 +17,10 @@ computed; only the formula of the activations was held against a count (tests/te
                    divided; in place of the bf16 copies each holds all weights in bf16, as validation does
     FLOPs          `flops` on dialogues of average length, once for each number of turns; where --recompute is
                    on, the forward pass of what is trained counts twice
-    hours          of one H100 at 30 % of its 989 TFLOP/s (bf16), for 2.50 dollars an hour: all three are
-                   assumptions. n GPUs take 1/n of the hours at best, and as many dollars. The embedded world:
-                   of two cores, at 20 % of the 0.84 TFLOP/s that a matrix product reaches there (measured)
+    hours          of one H100 at 30 % of its 989 TFLOP/s (bf16), for 2.50 dollars an hour: share and price
+                   are assumptions. n GPUs take 1/n of the hours at best, and as many dollars. The embedded
+                   world: of two cores, at 20 % of the 0.84 TFLOP/s that a matrix product reaches there
+                   (reference/measurements.md)
     disk           the run's folder: `keep` = 2 checkpoints, the best, and the one being written, 12 bytes
                    for a trained parameter each; base/ in stage 1, and final/, 4 for each of the model's
 """
@@ -178,6 +179,8 @@ def memory(omni, corpus, stage, micro_tokens, recompute=False, lora_rank=0):
     trained = 1e6 * sum(parameters(omni, True).values())
     frozen = 1e6 * sum(parameters(omni, False).values())
     state, copies = 16 * trained + 4 * frozen, 2 * trained
+    if lora_rank:
+        copies += 2 * omni.lm_head.weight.numel()
     if lora_rank and not recompute:
         copies += 2 * matrix_weights(omni.model.layers)
     if stage == "stage1":
