@@ -2,7 +2,7 @@
 How fast, how much memory: the README's figures of speed and size come from here, for anybody to make again.
 
 How: python bench.py                      everything except serve and the profile
-     python bench.py --what sizes         parameters of each part and memory of each stage, by arithmetic
+     python bench.py --what sizes         parameters, memory, GPU, hours, dollars and disk, by arithmetic
      python bench.py --what latency       a reply, streamed: first sound, time per unit, many at once; against
                                           a decoder that works as the official one does
      python bench.py --what stream        cost of the 50th chunk of a spoken reply against the 2nd
@@ -49,8 +49,8 @@ from transformers import DynamicCache
 from whisper.model import AudioEncoder
 
 from data import Dialogues, collate, deal, positions_of
-from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, SpeechEncoder, expand_speech, read_write
-from omni import checkpoint
+from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, expand_speech, read_write
+from omni import checkpoint, costs
 from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, speech_positions, wav_bytes
 from omni.codec import load_codec, pace, stream
 from omni.configure import configure, fail
@@ -61,12 +61,7 @@ from omni.espeak import speak
 from omni.realtime import RATE, base64_of
 from omni.talk import Talker
 
-# Qwen2.5: width, layers, heads, key-value heads, MLP, vocabulary, are head and table one tensor?
-QWEN2 = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
-         "3B": (2048, 36, 16, 2, 11008, 151936, True), "7B": (3584, 28, 28, 4, 18944, 152064, False),
-         "14B": (5120, 48, 40, 8, 13824, 152064, False)}
-QWEN2_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "intermediate_size", "vocab_size", "tie_word_embeddings")
+SIZES = tuple(size for size in costs.QWEN2 if size != "tiny")
 BENCHES = ("sizes", "latency", "stream", "data", "train", "loss", "serve", "profile")
 WARM = 2                              # training steps before the clock starts, since the first are slower
 
@@ -89,7 +84,7 @@ class BenchConfig:
         if min(self.chunk, self.head_dim, self.steps, *self.dialogues) < 1:
             raise ValueError("chunk, head_dim, steps and dialogues must be at least 1")
         for key, values, known in (("what", self.what, BENCHES), ("stage", (self.stage,), STAGES),
-                                   ("sizes", self.sizes, ("tiny", "mid", *QWEN2))):
+                                   ("sizes", self.sizes, ("tiny", "mid", *SIZES))):
             unknown = [value for value in values if value not in known]
             if unknown:
                 raise ValueError(f"{key}: {', '.join(unknown)} is none of {', '.join(known)}")
@@ -106,43 +101,30 @@ def sizes_here(cfg):
 
 # ------------------------------------------------------------------------------------------------------ sizes
 
-def real_model(size, device="meta"):
-    """LLaMA-Omni 2 of a released size, "0.5B" to "14B". On the meta device it has shapes and no memory."""
-    common = {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
-    speech = common | dict(zip(QWEN2_FIELDS, QWEN2["0.5B"]))
-    speech |= {"vocab_size": 151666 + UNIT_VOCAB, "eos_token_id": 151643}
-    config = common | dict(zip(QWEN2_FIELDS, QWEN2[size])) | {
-        "eos_token_id": 151645, "speech_encoder_hidden_size": 1280, "speech_generator": speech,
-        "stream_params": "(3,10)"}
-    with torch.device(device):
-        return Omni(config, SpeechEncoder(128, 1500, 1280, 20, 32))
-
-
-def parameters(omni, trained=None):
-    """{part: millions of parameters}; with `trained` only those with gradients (True) or without (False)."""
-    counts = dict.fromkeys(PARTS, 0)
-    for name, p in omni.named_parameters():
-        if trained in (None, p.requires_grad):
-            part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
-            counts[part] += p.numel()
-    return {part: n / 1e6 for part, n in counts.items()}
-
-
 def bench_sizes(cfg):
-    """AdamW in fp32 takes 16 bytes for a trained parameter (weight, gradient, two moments), and 4 for a
-    frozen one. Activations come on top."""
-    result = {}
-    print(f"{'million parameters':20}" + "".join(f"{part:>16}" for part in PARTS)
-          + "".join(f"{stage + ', GB':>16}" for stage in STAGES))
-    for size in QWEN2:
-        omni = real_model(size)
-        result[size] = {"parameters": parameters(omni)}
-        for stage in STAGES:
-            omni.freeze_for(stage)
-            trained, frozen = sum(parameters(omni, True).values()), sum(parameters(omni, False).values())
-            result[size][stage] = (16 * trained + 4 * frozen) / 1e3
-        print(f"{size:20}" + "".join(f"{n:16,.1f}" for n in result[size]["parameters"].values())
-              + "".join(f"{result[size][stage]:16.1f}" for stage in STAGES))
+    """Three tables in Markdown, by the arithmetic of omni/costs.py, which nobody has measured: parameters;
+    what each stage takes, as its config file has it and at least; all three stages of a size."""
+    result, sums = {}, {}
+    print(f"| million parameters | {' | '.join(PARTS)} |\n|---|{'---|' * len(PARTS)}")
+    for size in costs.QWEN2:
+        tiny = ("tiny", "tiny/whisper.pt") if size == "tiny" else ()
+        result[size] = costs.parameters(costs.model_of(size, *tiny))
+        print(f"| {size} | {' | '.join(f'{n:,.1f}' for n in result[size].values())} |")
+    print("\n| | state, GB | in all | fits on | at least | fits on | FLOP | hours | dollars | disk, GB |\n|"
+          + "---|" * 10)
+    for size, stage, usual, least in costs.rows():
+        result[f"{size}, {stage}"] = usual | {"least": least}
+        name = {"stage1": "stage 1", "stage1_tts": "stage 1 TTS", "stage2": "stage 2"}[stage]
+        print("| {}, {} | {state_GB:.1f} | {total_GB:.1f} | {gpu} | {:.1f} | {} | {flop:.1e} | {hours:.2f} | "
+              "{dollars:.1f} | {disk_GB:.1f} |".format(size, name, least["total_GB"], least["gpu"], **usual))
+        sums.setdefault(size, []).append((usual, least))
+    print("\n| | GPU | at least | hours | dollars | disk with corpus, GB |\n|---|---|---|---|---|---|")
+    for size, stages in sums.items():
+        usual, least = (max((stage[i] for stage in stages), key=lambda x: x["total_GB"]) for i in (0, 1))
+        hours, dollars, disk = (sum(stage[key] for stage, _ in stages)
+                                for key in ("hours", "dollars", "disk_GB"))
+        print(f"| {size} | {usual['gpu']} | {least['gpu']} | {hours:.2f} | {dollars:.0f} | "
+              f"{disk + usual['corpus_GB']:,.0f} |")
     return result
 
 
@@ -268,7 +250,8 @@ def bench_reply(size, units, repeats):
         per_unit.append(statistics.median(times[i] - times[i - 1] for times in ours) / len(said[i][1]))
     late = statistics.median(per_unit[-6:-1])
     generator = omni.speech_generator
-    weights = matrix_weights(generator.model.model.layers) + UNIT_VOCAB * generator.model.lm_head.in_features
+    head = UNIT_VOCAB * generator.model.lm_head.in_features
+    weights = costs.matrix_weights(generator.model.model.layers) + head
     floor = weights * omni.lm_head.weight.element_size() / read_bandwidth(device)
     first = next(i for i, (kind, _) in enumerate(said) if kind == "units")
     result = {"units": units, "ours_s": statistics.median(times[-1] for times in ours),
@@ -599,40 +582,7 @@ def padded_loss(omni, batch, stage):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-# --------------------------------------------------------------------------------------- training: arithmetic
-
-def matrix_weights(module):
-    """How many weights of a module each position is multiplied with."""
-    return sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and "embed" not in name)
-
-
-def network_flops(network, lengths):
-    """The forward pass of a Qwen2Model without its embedding: 2 for each weight and position, and attention's
-    two products over the half that is seen."""
-    config = network.config
-    attention = 2 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in lengths)
-    return 2 * matrix_weights(network.layers) * sum(lengths) + attention
-
-
-def flops(omni, stage, batch):
-    """Floating-point operations of a step on a batch that `collate` made, by arithmetic. Where there are
-    gradients, each of the two costs as much as the forward pass."""
-    generator, total = omni.speech_generator, 0
-    if stage != "stage1_tts":
-        encoder, frames = omni.model.speech_encoder, [(n + 1) // 2 for n in batch["frames"]]
-        width, layers = encoder.ln_post.weight.numel(), len(encoder.blocks)
-        total += 2 * matrix_weights(encoder) * sum(frames) + 4 * width * layers * sum(n * n for n in frames)
-        llm = network_flops(omni.model, batch["lengths"])
-        llm += 2 * matrix_weights(omni.model.speech_projector) * sum(frames) / DOWNSAMPLE
-        total += 3 * llm if stage == "stage1" else llm
-    if stage == "stage1":
-        return total + 6 * omni.lm_head.weight.numel() * int((batch["labels"] != IGNORE).sum())
-    if stage == "stage2":
-        fusion = matrix_weights(generator.input_proj) + matrix_weights(generator.gate)
-        total += 6 * fusion * int((batch["speech_rows"] >= 0).sum())
-    total += 3 * network_flops(generator.model.model, batch["speech_lengths"])
-    return total + 6 * generator.model.lm_head.weight.numel() * int((batch["speech_labels"] != IGNORE).sum())
-
+# -------------------------------------------------------------------------------------- training: the machine
 
 def matmul_flops(device, n):
     """What a plain bf16 matrix product reaches here, floating-point operations per second."""
@@ -667,7 +617,7 @@ def build(size, stage):
     torch.manual_seed(0)
     omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
     if size != "tiny":
-        omni = real_model(size).to_empty(device=device)
+        omni = costs.model_of(size).to_empty(device=device)
         omni.tie()                                    # to_empty has parted what was one tensor
         omni.speech_generator.model.tie_weights()
         for p in (*omni.parameters(), *omni.buffers()):
@@ -743,7 +693,7 @@ class Training:
             loss.backward()
             self.spent["real"] += sum(self.positions[row] for row in rows)
             if self.ours:
-                self.spent["flops"] += flops(self.omni, self.stage, batch)
+                self.spent["flops"] += costs.flops(self.omni, self.stage, batch)
             if self.stage != "stage1_tts":
                 self.spent["computed"] += batch["ids"].numel()
             if self.stage != "stage1":

@@ -3,7 +3,7 @@ Stage 1 TTS with the paper's hyper-parameters: text -> speech units. It does not
 can share its result. With --init_from none it runs first, from the three backbones named below; stage 1 then
 starts from it (config/stage1.py --init_from out/stage1_tts).
 
-Cost: not run here. By arithmetic 3.3e18 FLOP for 200K dialogues, and 12.6 GB plus activations at 0.5B.
+Cost: not run here; by arithmetic in reference/real_sizes.md.
 """
 stage = "stage1_tts"
 corpus = "corpus/instructs2s"
@@ -13,6 +13,7 @@ llm = "hf:Qwen/Qwen2.5-0.5B-Instruct"
 whisper = "large-v3"
 speech_lm = "hf:Qwen/Qwen2.5-0.5B"
 batch_size = 32
+micro_tokens = 8192
 epochs = 5
 lr = 5e-4
 eval_every = 500

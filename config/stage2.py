@@ -1,13 +1,14 @@
 """
 Stage 2 with the paper's hyper-parameters: speech -> speech, one pass over the whole dialogues.
 
-Cost: not run here. By arithmetic 0.9e18 FLOP for 200K dialogues, and 12.6 GB plus activations at 0.5B.
+Cost: not run here; by arithmetic in reference/real_sizes.md.
 """
 stage = "stage2"
 corpus = "corpus/instructs2s"
 init_from = "out/stage1_tts"
 out_dir = "out/stage2"
 batch_size = 32
+micro_tokens = 8192
 epochs = 1
 lr = 1e-3
 eval_every = 500

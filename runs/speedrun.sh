@@ -5,18 +5,16 @@
 #     LIMIT=2000 bash runs/speedrun.sh         a rehearsal on 2,000 dialogues: same downloads, other folders
 #
 # Expect, by arithmetic and NOT measured (200K dialogues of 2.1 turns, 7.5 s a question, 19 s a reply, clips
-# at their own length):
-#     stage 1       2.0 TFLOP a dialogue (encoder 1.0, LLM 1.0)    x 200K x 3 epochs   1.2e18 FLOP
-#     stage 1 TTS   3.3 TFLOP (1,090 positions of a 0.5B)          x 200K x 5 epochs   3.3e18
-#     stage 2       4.6 TFLOP (encoder, LLM forward, speech LM)    x 200K x 1 epoch    0.9e18
-# Together 5.4e18 FLOP: 5 hours on one H100 that reaches 300 TFLOP/s (30 % of its peak), so 40 minutes on
-# eight, about 13 dollars at 2.50 per GPU hour. Each stage needs 13 GB plus activations: 16 bytes per trained
-# parameter, 4 per frozen one (python bench.py --what sizes).
-# The 345 GB of recordings take longer: an hour at
-# 100 MB/s, and another to unpack. Eight idle GPUs would cost 40 dollars meanwhile, so download on a machine
-# without GPUs, onto a disk that you can move. Keep 800 GB of disk free.
-# If the GPUs wait for data (nvidia-smi
-# shows them idle), raise --workers: the CPU decodes every clip in each epoch.
+# at their own length; python bench.py --what sizes, which has the other sizes, memory and disk, too):
+#     stage 1       1.8 TFLOP a dialogue (encoder 1.1, the rest 0.7)   x 200K x 3 epochs   1.1e+18 FLOP
+#     stage 1 TTS   3.3 TFLOP (1,090 positions of a 0.5B)              x 200K x 5 epochs   3.3e+18 FLOP
+#     stage 2       4.5 TFLOP (encoder, LLM forward, speech LM)        x 200K x 1 epoch    9.1e+17 FLOP
+# Together 4.9 hours of one H100 that reaches 297 TFLOP/s (30 % of its peak), so 37 minutes of eight at best,
+# and 12 dollars at 2.50 per GPU hour.
+# The 345 GB of recordings take longer: an hour at 100 MB/s, and another to unpack. Eight idle GPUs would cost
+# 40 dollars meanwhile, so download on a machine without GPUs, onto a disk that you can move. Keep 850 GB of
+# disk free. If the GPUs wait for data (nvidia-smi shows them idle), raise --workers: the CPU decodes every
+# clip in each epoch.
 #
 # Licenses: Qwen2.5-0.5B Apache-2.0, Whisper MIT, CosyVoice 2 Apache-2.0. The corpus is CC BY-NC 4.0, so
 # neither it nor what you train on it is for commercial use.

@@ -1,0 +1,20 @@
+"""
+Stage 1 of the middle rung: speech -> text. Whisper small.en hears, Qwen2.5-0.5B learns with LoRA to answer;
+the adapter begins from nothing. `bash runs/small.sh` runs all of it.
+
+Nobody has trained it yet, so lr and epochs are guesses. Cost: by arithmetic in reference/real_sizes.md.
+"""
+stage = "stage1"
+corpus = "corpus/small"
+out_dir = "out/small_stage1"
+llm = "hf:Qwen/Qwen2.5-0.5B-Instruct"
+whisper = "small.en"
+speech_lm = "hf:Qwen/Qwen2.5-0.5B"
+lora_rank = 16
+batch_size = 16
+micro_tokens = 4096
+recompute = True
+epochs = 6
+lr = 2e-4
+eval_every = 200
+save_every = 200
