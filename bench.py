@@ -1,7 +1,7 @@
 """
 How fast, how much memory: the README's figures of speed and size come from here, for anybody to make again.
 
-How: python bench.py                      everything except serve and the profile
+How: python bench.py                      everything except serve, figures and the profile
      python bench.py --what sizes         parameters, memory, GPU, hours, dollars and disk, by arithmetic
      python bench.py --what latency       a reply, streamed: first sound, time per unit, many at once; against
                                           a decoder that works as the official one does
@@ -11,6 +11,7 @@ How: python bench.py                      everything except serve and the profil
      python bench.py --what data          seconds and memory that data.py takes for the released JSON
      python bench.py --what train         tokens/s, memory and MFU in training, against a trainer that pads
      python bench.py --what loss          memory of the loss over Qwen2.5's vocabulary, whole and in pieces
+     python bench.py --what figures       reference/figures/*.svg: the pipeline, and a reply of --ckpt in time
      python bench.py --what profile       the most expensive operations of a few steps, and a trace of them
 The last line is JSON with all figures. The trace is for ui.perfetto.dev.
 """
@@ -48,32 +49,34 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from whisper.model import AudioEncoder
 
-from data import Dialogues, collate, deal, positions_of
+from data import Dialogues, chat_ids, collate, deal, positions_of
 from model import IGNORE, PARTS, SPEECH, STAGES, Head, Omni, expand_speech, read_write
-from omni import checkpoint, costs
-from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, speech_positions, wav_bytes
+from omni import checkpoint, costs, draw
+from omni.audio import DOWNSAMPLE, SAMPLE_RATE, UNIT_VOCAB, log_mel, read_audio, speech_positions, wav_bytes
 from omni.codec import load_codec, pace, stream
 from omni.configure import configure, fail
 from omni.corpus import load_corpus
 from omni.cosyvoice import LOOKAHEAD, CosyVoice2
 from omni.engine import Engine, quicken
 from omni.espeak import speak
+from omni.files import replace_file
 from omni.realtime import RATE, base64_of
 from omni.talk import Talker
 
 SIZES = tuple(size for size in costs.QWEN2 if size != "tiny")
-BENCHES = ("sizes", "latency", "stream", "data", "train", "loss", "serve", "profile")
+BENCHES = ("sizes", "latency", "stream", "data", "train", "loss", "serve", "figures", "profile")
+FIGURES, CARROT = "reference/figures", "reference/carrot/question.flac"
 WARM = 2                              # training steps before the clock starts, since the first are slower
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: tuple[str, ...] = BENCHES[:-2]                # which benches to run
+    what: tuple[str, ...] = BENCHES[:-3]                # which benches to run
     sizes: tuple[str, ...] = ()                         # tiny, 0.5B ..., latency: mid; none: what fits here
     codec: str = "tests/data/cosyvoice2_decoder"        # stream: a folder with flow.pt and hift.pt
     head_dim: int = 8                                   # stream: head size of that flow; 64 in the release
     chunk: int = 10                                     # stream: units in a chunk
-    ckpt: str = "out/tiny_stage2"                       # serve: a checkpoint of the embedded world
+    ckpt: str = "out/tiny_stage2"                       # serve, figures: a checkpoint of the embedded world
     turns: int = 100                                    # serve: questions in the browser
     dialogues: tuple[int, ...] = (1000, 4000, 16000)    # data: sizes of the made-up corpora
     stage: str = "stage1"                               # profile: which stage
@@ -933,6 +936,68 @@ def bench_serve(cfg):
     return result
 
 
+# ---------------------------------------------------------------------------------------------------- figures
+
+def record(engine, tokenizer, codec, wav):
+    """Answer a question wav (samples,) at 16 kHz and note when what happens -> a record, see omni/draw.py.
+    The clock starts before the log-mel."""
+    kept = {"text": [], "reads": [], "units": [], "sound": [], "R": engine.omni.R, "W": engine.omni.W}
+    step, clock = engine.speech_lm.step, time.perf_counter()
+
+    def now():
+        return round(1000 * (time.perf_counter() - clock), 1)
+
+    def timed_step(x, rows, counts):
+        begin, states = now(), step(x, rows, counts)
+        new = counts[0] - bool(kept["units"])         # a burst's last unit is read with the rows behind it
+        if new and counts[0] > 1:
+            kept["reads"].append([begin, now(), new])
+        return states
+
+    def bursts():
+        for kind, x in engine.generate(chat_ids(tokenizer, []), [mel], temperature=0.3, seed=1):
+            if kind == "text":
+                kept["text"].append([now(), tokenizer.decode([x])])
+            elif kind == "units":
+                kept["units"].append([now(), len(x)])
+                yield x
+    engine.speech_lm.step = timed_step
+    mel = log_mel(wav, engine.omni.model.speech_encoder.n_mels, engine.omni.pad_audio)
+    for piece in stream(codec, bursts()):
+        kept["sound"].append([now(), len(piece) / codec.sample_rate])
+    engine.speech_lm.step = step
+    engine.cached[0].clear()                          # or the clip would not be heard again
+    kept["reply"] = "".join(token for _, token in kept["text"])
+    kept["text"].append([kept["reads"][-1][0], draw.END])                     # it is read, but not shown
+    return kept
+
+
+def bench_figures(cfg, repeats=25):
+    """reference/figures/*.svg. Of so many times the same reply, the one with the median first sound."""
+    try:
+        omni, tokenizer, _ = checkpoint.load(cfg.ckpt)
+        codec = load_codec("tiny/codec.pt")
+    except (OSError, ValueError, RuntimeError) as e:
+        fail(f"figures: {e}")
+    tiny = draw.sizes(omni, codec.sample_rate)
+    real = draw.sizes(costs.model_of("0.5B"), CosyVoice2.sample_rate)
+    engine, wav = Engine(quicken(omni.eval())), read_audio(CARROT)
+    replies = [record(engine, tokenizer, codec, wav) for _ in range(repeats)]
+    kept = sorted(replies, key=lambda reply: reply["sound"][0][0])[repeats // 2]
+    if not kept["units"]:
+        fail(f"figures: {cfg.ckpt} says nothing; take a checkpoint of stage 2")
+    with open("/proc/cpuinfo") as file:
+        name = next((row.split(": ")[1].strip() for row in file if row.startswith("model name")), "a CPU")
+    kept |= {"question": "What color is a carrot?", "machine": f"{torch.get_num_threads()} threads, {name}"}
+    os.makedirs(FIGURES, exist_ok=True)
+    for name, text in (("pipeline", draw.pipeline(tiny, real)), ("reply", draw.reply(kept)),
+                       ("layout", draw.layout(kept))):
+        replace_file(f"{FIGURES}/{name}.svg", text)
+        print(f"figures: {FIGURES}/{name}.svg")
+    return {"first_text_ms": kept["text"][0][0], "first_audio_ms": kept["sound"][0][0],
+            "made_ms": kept["sound"][-1][0], "seconds": sum(seconds for _, seconds in kept["sound"])}
+
+
 # ---------------------------------------------------------------------------------------------------- profile
 
 def bench_profile(cfg):
@@ -959,7 +1024,7 @@ def bench_profile(cfg):
 def main():
     cfg = configure(BenchConfig)
     functions = (bench_sizes, bench_latency, bench_stream, bench_data, bench_train, bench_loss, bench_serve,
-                 bench_profile)
+                 bench_figures, bench_profile)
     benches = dict(zip(BENCHES, functions))
     print(json.dumps({what: benches[what](cfg) for what in cfg.what}))
 

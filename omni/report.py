@@ -129,14 +129,15 @@ def draw_replies(path, folder, turns):
 
 def draw_demo(path, runs, folder, turn):
     """One PNG: the losses of the runs and, unless the turn is None, the log-mels of its question and its
-    reply with the texts below them."""
+    reply with the texts below them. The losses have one scale: on its own, the noise of a run whose loss
+    hardly changes would fill its panel."""
     plt = pyplot()
     figure = plt.figure(figsize=(12, 7 if turn else 3.5))
     grid = figure.add_gridspec(2 if turn else 1, 1)
     upper = grid[0].subgridspec(1, len(runs))
     for i, run in enumerate(runs):
         log = read_json(checkpoint.newest_checkpoint(run), "meta.json")["log"]
-        axes = figure.add_subplot(upper[i])
+        axes = figure.add_subplot(upper[i], sharey=figure.axes[0] if i else None)
         for key, style in (("loss", "-"), ("val_loss", "o-")):
             steps = [line["step"] for line in log if key in line]
             axes.plot(steps, [line[key] for line in log if key in line], style, label=key, markersize=3)

@@ -13,8 +13,8 @@ from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-from bench import QWEN2, parameters, real_model
 from omni import checkpoint
+from omni.costs import model_of, parameters
 
 WHISPER = str(CHECKPOINT / "whisper-tiny-random.pt")
 HEAD = "speech_generator.model.lm_head.weight"        # of the speech LM: tied to its table, in every release
@@ -88,10 +88,10 @@ COUNTS = {"0.5B": (494.0, 14.9, 4.8), "1.5B": (1543.7, 16.3, 9.1), "3B": (3085.9
           "7B": (7615.6, 20.5, 33.7), "14B": (14770.0, 23.6, 63.2)}
 
 
-@pytest.mark.parametrize("size", QWEN2)
+@pytest.mark.parametrize("size", COUNTS)
 def test_parameter_counts(size):
     """Each released size, built on the meta device, has the parts' parameter counts."""
-    n = parameters(real_model(size))
+    n = parameters(model_of(size))
     counts = n["LLM"], n["speech adapter"], n["gate fusion"]
     assert counts == pytest.approx(COUNTS[size], abs=0.06)
     assert (n["speech LM"], n["speech encoder"]) == pytest.approx((499.7, 635.0), abs=0.06)
