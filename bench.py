@@ -981,14 +981,15 @@ def bench_figures(cfg, repeats=25):
         fail(f"figures: {e}")
     tiny = draw.sizes(omni, codec.sample_rate)
     real = draw.sizes(costs.model_of("0.5B"), CosyVoice2.sample_rate)
-    engine, wav = Engine(quicken(omni.eval())), read_audio(CARROT)
+    engine, wav, load = Engine(quicken(omni.eval())), read_audio(CARROT), os.getloadavg()[0]
     replies = [record(engine, tokenizer, codec, wav) for _ in range(repeats)]
     kept = sorted(replies, key=lambda reply: reply["sound"][0][0])[repeats // 2]
     if not kept["units"]:
         fail(f"figures: {cfg.ckpt} says nothing; take a checkpoint of stage 2")
     with open("/proc/cpuinfo") as file:
         name = next((row.split(": ")[1].strip() for row in file if row.startswith("model name")), "a CPU")
-    kept |= {"question": "What color is a carrot?", "machine": f"{torch.get_num_threads()} threads, {name}"}
+    machine = f"{name}, {os.cpu_count()} cores; threads: {torch.get_num_threads()}; load before: {load:.1f}"
+    kept |= {"question": "What color is a carrot?", "machine": machine}
     os.makedirs(FIGURES, exist_ok=True)
     for name, text in (("pipeline", draw.pipeline(tiny, real)), ("reply", draw.reply(kept)),
                        ("layout", draw.layout(kept))):
