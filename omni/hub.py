@@ -203,8 +203,8 @@ def figures(cfg, folder):
     command = shlex.join(public(shlex.split(results.get("command", ""))))
     about = [f"Command: `python {command}`" if command else "Command: unknown",
              f"Commit: {results.get('git') or 'unknown'}. Set: {settings['set']}.",
-             "In percent. s2t: the text is right; s2s: what a recognizer hears in the speech is; wer: its "
-             "word errors. eval.py explains the others."]
+             "Shares are in percent. s2t: the text is right; s2s: what a recognizer hears in the speech is; "
+             "wer: its word errors. eval.py explains the others."]
     return "  \n".join(about) + "\n\n" + report.table(results["figures"], results["categories"], [])
 
 

@@ -21,7 +21,7 @@ from omni import judges, report
 from omni.audio import wav_bytes
 from omni.codec import pace
 from omni.espeak import ASSISTANT, plain, speak
-from omni.files import Lines, read_json
+from omni.files import Lines, read_json, sha256
 from tiny.codec import NanoCodec
 from tiny.judge import contour, stress, stressed_word
 
@@ -177,6 +177,9 @@ def test_every_row_is_counted_and_reported(monkeypatch, nano, tmp_path, capsys):
     results = evaluate(monkeypatch, nano, tmp_path)
     figures, turns = results["figures"], results["turns"]
     assert figures["turns"] == [7] and figures["not answered"] == [2]
+    assert results["command"].startswith("eval.py --set jsonl") and len(results["git"]) in (0, 40)
+    weights = CHECKPOINT / "checkpoint/model.safetensors"
+    assert read_json(tmp_path, "settings.json")["weights"] == sha256(weights)
     right = [turn["right"] for turn in turns]
     assert figures["s2t"][0] == pytest.approx(100 * sum(right) / 7) and right[4] is right[6] is False
     assert "text.wav" in turns[4]["error"] and "no reference" in turns[6]["error"]
