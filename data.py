@@ -132,11 +132,9 @@ def chat_ids(tokenizer, replies):
 
 
 def clips(row):
-    """The user's turns of a row, each float32 (samples,) at 16 kHz. fail() if the corpus was built without
-    them."""
+    """The user's turns of a row, each float32 (samples,) at 16 kHz. Raises ValueError if there are none."""
     if not row["speech"]:
-        fail(f"dialogue {row['id']} holds no speech: its corpus was built without recordings, which is only "
-             "enough for config/stage1_tts.py; build it again with --audio_root")
+        raise ValueError(f"dialogue {row['id']} holds no speech")
     return [torch.from_numpy(read_wav(audio)) for audio in row["speech"]]
 
 
@@ -151,12 +149,9 @@ class Dialogues(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows, tokenizer, tts_tokenizer, n_mels, R, W, pad_audio=False, hear=True):
-        """hear=False leaves out the user's speech: stage 1 TTS does not need it. Otherwise fail() if there is
-        none."""
+        """hear=False leaves out the user's speech: stage 1 TTS does not need it."""
         self.rows, self.tokenizer, self.n_mels, self.pad, self.hear = rows, tokenizer, n_mels, pad_audio, hear
         self.R, self.W = R, W
-        if hear:
-            clips(rows[0])                            # better now than in a worker of the loader
         self.first, self.between = chat_segments(tokenizer)
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.sep, self.unit_offset = tts_tokenizer.convert_tokens_to_ids(["<sep>", "<0>"])

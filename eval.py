@@ -108,7 +108,7 @@ def read_questions(cfg):
     """(rows in the form of a corpus, the rule by which a reply is right). Raises ValueError."""
     if cfg.set != "tiny":
         return read_set(cfg.set, cfg.path, cfg.dialogues, cfg.tts)
-    rows = load_corpus(cfg.corpus, cfg.split)
+    rows = load_corpus(cfg.corpus, cfg.split, hear=True)
     if cfg.topics:
         wanted = set(cfg.topics)
         rows = rows.select([i for i, topics in enumerate(rows["topics"]) if wanted & set(topics)])

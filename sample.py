@@ -120,7 +120,7 @@ def main():
             questions = [read_audio(path) for path in cfg.wav]
             asked = [os.path.basename(path) for path in cfg.wav]
         else:
-            rows = load_corpus(cfg.corpus, "test")
+            rows = load_corpus(cfg.corpus, "test", hear=True)
             if not 0 <= cfg.index < len(rows):
                 fail(f"--index {cfg.index}: the test split has dialogues 0 to {len(rows) - 1}")
             row = rows[cfg.index]

@@ -6,7 +6,7 @@ Cost: not run here. By arithmetic 1.2e18 FLOP for 200K dialogues, and 12.7 GB pl
 runs/speedrun.sh shows how we count. The paper trained on four L40 (48 GB each) and does not say for how long.
 """
 stage = "stage1"
-corpus = "corpus/instructs2s"
+corpus = "corpus/instructs2s_heard"     # with recordings, see config/data_instructs2s.py
 out_dir = "out/stage1"
 llm = "hf:Qwen/Qwen2.5-0.5B-Instruct"
 whisper = "large-v3"

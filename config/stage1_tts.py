@@ -6,7 +6,7 @@ starts from it (config/stage1.py --init_from out/stage1_tts).
 Cost: not run here. By arithmetic 3.3e18 FLOP for 200K dialogues, and 12.6 GB plus activations at 0.5B.
 """
 stage = "stage1_tts"
-corpus = "corpus/instructs2s"
+corpus = "corpus/instructs2s"           # texts and units are enough
 init_from = "out/stage1"
 out_dir = "out/stage1_tts"
 llm = "hf:Qwen/Qwen2.5-0.5B-Instruct"
