@@ -282,6 +282,16 @@ def start_worker(_):
     torch.set_num_threads(1)
 
 
+def collate_shared(items):
+    """`collate` in a worker: the batch goes into shared memory here, where a lack of it is raised. Left to
+    the queue's own thread, the error is printed there, and the main process waits for ever."""
+    batch = collate(items)
+    for x in batch.values():
+        if torch.is_tensor(x):
+            x.share_memory_()
+    return batch
+
+
 @functools.cache
 def kill_workers_at_exit():
     """Workers ignore SIGTERM, so kill them; torch would take their SIGCHLD for a failure."""
@@ -298,8 +308,9 @@ def batches(dialogues, groups, workers):
     if workers:
         kill_workers_at_exit()
     loader = torch.utils.data.DataLoader(
-        dialogues, batch_sampler=groups, collate_fn=collate, num_workers=workers, worker_init_fn=start_worker,
-        prefetch_factor=4 if workers else None, generator=torch.Generator(),
+        dialogues, batch_sampler=groups, collate_fn=collate_shared if workers else collate,
+        num_workers=workers, worker_init_fn=start_worker, prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
         multiprocessing_context="fork" if workers else None)         # train.py cannot be imported
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))     # until workers can
@@ -307,7 +318,10 @@ def batches(dialogues, groups, workers):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         yield from loader
     except (OSError, ValueError, RuntimeError) as e:  # the last line of a worker's traceback says why
-        raise ValueError(str(e).strip().splitlines()[-1]) from e
+        why = str(e).strip().splitlines()[-1]
+        if "shared memory" in why:
+            why = f"/dev/shm is too small ({why}); `docker run --shm-size 1g`, fewer --workers, or --workers 0"
+        raise ValueError(why) from e
 
 
 def fingerprint(*splits):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 
 import torch
 
@@ -23,10 +24,11 @@ def read_json(folder, name):
 
 
 def read_tensors(path):
-    """What a file that torch.save wrote holds; nothing in it is executed. Raises FileNotFoundError, or
-    RuntimeError."""
+    """What a file that torch.save wrote holds; nothing in it is executed. It is mapped, not read: tensors
+    that nobody touches take no memory. Raises FileNotFoundError, or RuntimeError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)             # files of old versions cannot be
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as e:                            # other files can raise anything, with misleading advice
