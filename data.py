@@ -25,9 +25,7 @@ its reason in left_out.jsonl. How a corpus is built is in omni/corpus.py; here i
 """
 import atexit
 import functools
-import hashlib
 import heapq
-import itertools
 import multiprocessing
 import os
 import random
@@ -163,15 +161,16 @@ class Dialogues(torch.utils.data.Dataset):
     def lengths(self):
         """For each dialogue, without touching its sound: (positions of the LLM, positions of the speech
         LM)."""
-        replies = self.rows["replies"]
-        texts = [reply for row in replies for reply in row]
-        tokens = iter([len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]])
-        samples = self.rows["samples"] if self.hear else itertools.repeat(())
-        for clip_samples, row, units in zip(samples, replies, self.rows["units"]):
-            speech = sum(speech_positions(clip_frames(n, self.pad)) for n in clip_samples)
-            text = sum(next(tokens) + 1 for _ in row)                        # with `<|im_end|>`
-            template = len(self.first) + (len(self.between) - 1) * (len(row) - 1) - len(row)
-            yield template + speech + text, text + len(row) + sum(map(len, units))
+        columns = [self.rows[name] for name in ("replies", "units", "samples")]
+        for at in range(0, len(self), 1000):          # in pieces: 200,000 dialogues are 200 million units
+            replies, units, samples = (column[at:at + 1000] for column in columns)
+            texts = [reply for row in replies for reply in row]
+            tokens = iter([len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]])
+            for row, row_units, clips in zip(replies, units, samples):
+                speech = sum(speech_positions(clip_frames(n, self.pad)) for n in clips) if self.hear else 0
+                text = sum(next(tokens) + 1 for _ in row)                    # with `<|im_end|>`
+                template = len(self.first) + (len(self.between) - 1) * (len(row) - 1) - len(row)
+                yield template + speech + text, text + len(row) + sum(map(len, row_units))
 
     def mels(self, row):
         """The user's turns of a row, each a log-mel (n_mels, frames)."""
@@ -320,18 +319,8 @@ def batches(dialogues, groups, workers):
     except (OSError, ValueError, RuntimeError) as e:  # the last line of a worker's traceback says why
         why = str(e).strip().splitlines()[-1]
         if "shared memory" in why:
-            why = f"/dev/shm is too small ({why}); `docker run --shm-size 1g`, fewer --workers, or --workers 0"
+            why = f"/dev/shm is full ({why}); `docker run --shm-size 1g`, fewer --workers, or --workers 0"
         raise ValueError(why) from e
-
-
-def fingerprint(*splits):
-    """Hash of the training columns, without the audio (too slow to read). splits: datasets of rows."""
-    digest = hashlib.sha256()
-    for rows in splits:
-        columns = rows.select_columns(["id", "users", "replies", "units", "samples"]).with_format(None)
-        for part in columns.iter(1000):
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------- the command

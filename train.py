@@ -28,12 +28,12 @@ import torch
 from accelerate.tracking import get_available_trackers
 from tqdm import tqdm
 
-from data import Dialogues, batches, deal, epoch_order, fingerprint, positions_of
+from data import Dialogues, batches, deal, epoch_order, positions_of
 from model import FUSIONS, IGNORE, PARTS, STAGES
 from omni import checkpoint, parallel, watch
 from omni.codec import load_codec
 from omni.configure import configure, fail
-from omni.corpus import load_corpus
+from omni.corpus import fingerprint, load_corpus
 from omni.files import read_json
 from omni.run import Run
 
@@ -135,7 +135,7 @@ if not max_steps or cfg.batch_size < world:           # said before gigabytes ar
 if len(splits["validation"]) < world:
     fail(f"{len(splits['validation'])} validation dialogues for {world} processes; build a corpus with more")
 run.set_corpus({"dialogues": len(splits["train"]), "settings": read_json(cfg.corpus, "meta.json"),
-                "sha256": fingerprint(*splits.values())})
+                "sha256": parallel.once(lambda: fingerprint(*splits.values()))})
 for seed in (torch.manual_seed, random.seed, np.random.seed):
     seed(cfg.seed)
 
@@ -189,7 +189,7 @@ for part, prefixes in PARTS.items():
 n_mels = omni.model.speech_encoder.n_mels
 train_set, validation_set = (Dialogues(rows, *tokenizers, n_mels, cfg.read, cfg.write, cfg.pad_audio, hear)
                              for rows in splits.values())
-positions = positions_of(list(train_set.lengths()), cfg.stage)
+positions = positions_of(parallel.once(lambda: list(train_set.lengths())), cfg.stage)
 validation_positions = positions_of(list(validation_set.lengths()), cfg.stage)
 
 
