@@ -131,7 +131,7 @@ def main():
         mels = [log_mel(wav, omni.model.speech_encoder.n_mels, omni.pad_audio) for wav in questions]
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
-    engine = Engine(quicken(omni.eval().to(device)), max_tokens=cfg.max_tokens, max_units=cfg.max_units,
+    engine = Engine(quicken(omni.eval(), device=device), max_tokens=cfg.max_tokens, max_units=cfg.max_units,
                     top_p=cfg.top_p, repeats=cfg.repeats)
     player = open_player(codec.sample_rate) if cfg.play and codec else None
     replies = []
