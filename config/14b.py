@@ -7,5 +7,4 @@ each of 8 GPUs; activations come on top, and 32.0 GB of whole bf16 weights durin
 process reads the weights: about 120 GB of host memory on its machine.
 """
 llm = "hf:Qwen/Qwen2.5-14B-Instruct"
-micro_tokens = 4096
 recompute = True

@@ -6,5 +6,4 @@ Cost: not run here. By arithmetic stage 1 holds 126.9 GB of weights, gradients a
 each of 8 GPUs; activations come on top, and 17.6 GB of whole bf16 weights during validation.
 """
 llm = "hf:Qwen/Qwen2.5-7B-Instruct"
-micro_tokens = 4096
 recompute = True

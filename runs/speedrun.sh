@@ -9,14 +9,26 @@
 #     stage 1       2.0 TFLOP a dialogue (encoder 1.0, LLM 1.0)    x 200K x 3 epochs   1.2e18 FLOP
 #     stage 1 TTS   3.3 TFLOP (1,090 positions of a 0.5B)          x 200K x 5 epochs   3.3e18
 #     stage 2       4.6 TFLOP (encoder, LLM forward, speech LM)    x 200K x 1 epoch    0.9e18
-# Together 5.4e18 FLOP: 5 hours on one H100 that reaches 300 TFLOP/s (30 % of its peak), so 40 minutes on
-# eight, about 13 dollars at 2.50 per GPU hour. Each stage needs 13 GB plus activations: 16 bytes per trained
-# parameter, 4 per frozen one (python bench.py --what sizes).
-# The 345 GB of recordings take longer: an hour at
-# 100 MB/s, and another to unpack. Eight idle GPUs would cost 40 dollars meanwhile, so download on a machine
-# without GPUs, onto a disk that you can move. Keep 800 GB of disk free.
-# If the GPUs wait for data (nvidia-smi
-# shows them idle), raise --workers: the CPU decodes every clip in each epoch.
+# Together 5.4e18 FLOP: 5 hours on one H100 that reaches 300 TFLOP/s (30 % of its peak), 38 minutes on eight.
+# What comes on top:
+#     checkpoints   4 + 7 + 3 in the three stages, 15 to 20 s each: 4 to 5 minutes, however many GPUs
+#     starts        7 GB are read and written, the corpus is counted: some minutes a stage, not measured
+#     validations   as many as checkpoints; batched, but not measured
+#     small steps   the paper's 32 dialogues a step are 4 a GPU on eight (4,400 positions in stage 1 TTS,
+#                   1,100 in stage 1), too few to reach 30 %. A larger batch helps, but is not the paper's
+# So expect 5 1/4 hours on one GPU (13 dollars at 2.50 per GPU hour), and on eight an hour or more (20
+# dollars) instead of 38 minutes.
+#
+# Memory: 13 GB (16 bytes per trained parameter, 4 per frozen one: python bench.py --what sizes), and up to
+# 1.4 MB for each of the 4,096 positions that a GPU handles at once: 18.4 GB, so a card of 24 GB is enough.
+#
+# Disk: 850 GB. The recordings are 345 GB packed and as much unpacked. Each stage keeps up to three
+# checkpoints of 6.1 GB (the newest two and the best) and final/ with 7.2 GB; stage 1 also base/ with 7.2 GB:
+# 33 + 25 + 25 = 83 GB. Delete step-*/ and base/ of a stage once it has its final/, and 22 GB stay.
+# The recordings take longer than the training: an hour at 100 MB/s, and another to unpack. Eight idle GPUs
+# would cost 40 dollars meanwhile, so download on a machine without GPUs, onto a disk that you can move.
+# If the GPUs wait for data (nvidia-smi shows them idle), raise --workers: the CPU decodes every clip in each
+# epoch. Workers hand batches over in /dev/shm; in Docker say --shm-size 1g.
 #
 # Licenses: Qwen2.5-0.5B Apache-2.0, Whisper MIT, CosyVoice 2 Apache-2.0. The corpus is CC BY-NC 4.0, so
 # neither it nor what you train on it is for commercial use.
