@@ -34,6 +34,7 @@ import shutil
 import signal
 from dataclasses import dataclass
 
+import datasets
 import torch
 
 from model import IGNORE, SPEECH, expand_speech, speech_sequence
@@ -161,9 +162,11 @@ class Dialogues(torch.utils.data.Dataset):
     def lengths(self):
         """For each dialogue, without touching its sound: (positions of the LLM, positions of the speech
         LM)."""
-        columns = [self.rows[name] for name in ("replies", "units", "samples")]
+        names, rows = ["replies", "units", "samples"], self.rows
+        if isinstance(rows, datasets.Dataset):        # without the paths, which would read all columns
+            rows = rows.select_columns(names).with_format(None)
         for at in range(0, len(self), 1000):          # in pieces: 200,000 dialogues are 200 million units
-            replies, units, samples = (column[at:at + 1000] for column in columns)
+            replies, units, samples = (rows[name][at:at + 1000] for name in names)
             texts = [reply for row in replies for reply in row]
             tokens = iter([len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]])
             for row, row_units, clips in zip(replies, units, samples):
@@ -306,11 +309,10 @@ def batches(dialogues, groups, workers):
     its own. Raises ValueError that names the dialogue that cannot be read."""
     if workers:
         kill_workers_at_exit()
-    loader = torch.utils.data.DataLoader(
+    several = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    loader = torch.utils.data.DataLoader(             # fork: train.py cannot be imported
         dialogues, batch_sampler=groups, collate_fn=collate_shared if workers else collate,
-        num_workers=workers, worker_init_fn=start_worker, prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),
-        multiprocessing_context="fork" if workers else None)         # train.py cannot be imported
+        num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator(), **several)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))     # until workers can
         loader = iter(loader)

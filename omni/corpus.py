@@ -709,9 +709,14 @@ def load_corpus(folder, split, hear=False):
              "build it again with a larger --held_out")
     if meta.get("audio_root"):
         rows = rows.with_transform(partial(add_root, meta["audio_root"]))
-    if hear and not rows[0]["speech"]:
-        fail(f"the corpus {folder} holds no speech: it was built without recordings, which is only enough "
-             "for config/stage1_tts.py; build another with --audio_root and name it with --corpus")
+    if hear:
+        if not rows[0]["speech"]:
+            fail(f"the corpus {folder} holds no speech: it was built without recordings, which is enough "
+                 "only for config/stage1_tts.py; build another with --audio_root and name it with --corpus")
+        path = rows[0]["speech"][0]["path"]
+        if path and not os.path.exists(path):
+            fail(f"the corpus {folder} refers to {path}, which is missing; bring the recordings back to "
+                 "where they were when it was built")
     return rows
 
 

@@ -230,6 +230,11 @@ def test_recordings_are_referred_to(released):
     assert all(len(clips(row)[0]) == 8000 for row in rows["train"])
     assert sum(p.stat().st_size for p in (released / "heard").rglob("*.arrow")) < 200_000
     trainable(released / "heard", "stage1")
+    (released / "audio").rename(released / "moved")                # seen at once, before a model is loaded
+    with pytest.raises(SystemExit):
+        load_corpus(str(released / "heard"), "train", hear=True)
+    (released / "moved").rename(released / "audio")
+    load_corpus(str(released / "heard"), "train", hear=True)
     for split in SPLITS:                               # a dialogue's split depends on its id alone
         ids = [row["id"] for row in load_corpus(str(released / "alone"), split)]
         assert [row["id"] for row in rows[split]] == [i for i in ids if i in dict(NAMES)]
