@@ -25,9 +25,7 @@ its reason in left_out.jsonl. How a corpus is built is in omni/corpus.py; here i
 """
 import atexit
 import functools
-import hashlib
 import heapq
-import itertools
 import multiprocessing
 import os
 import random
@@ -36,6 +34,7 @@ import shutil
 import signal
 from dataclasses import dataclass
 
+import datasets
 import torch
 
 from model import IGNORE, SPEECH, expand_speech, speech_sequence
@@ -132,11 +131,9 @@ def chat_ids(tokenizer, replies):
 
 
 def clips(row):
-    """The user's turns of a row, each float32 (samples,) at 16 kHz. fail() if the corpus was built without
-    them."""
+    """The user's turns of a row, each float32 (samples,) at 16 kHz. Raises ValueError if there are none."""
     if not row["speech"]:
-        fail(f"dialogue {row['id']} holds no speech: its corpus was built without recordings, which is only "
-             "enough for config/stage1_tts.py; build it again with --audio_root")
+        raise ValueError(f"dialogue {row['id']} holds no speech")
     return [torch.from_numpy(read_wav(audio)) for audio in row["speech"]]
 
 
@@ -151,12 +148,9 @@ class Dialogues(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows, tokenizer, tts_tokenizer, n_mels, R, W, pad_audio=False, hear=True):
-        """hear=False leaves out the user's speech: stage 1 TTS does not need it. Otherwise fail() if there is
-        none."""
+        """hear=False leaves out the user's speech: stage 1 TTS does not need it."""
         self.rows, self.tokenizer, self.n_mels, self.pad, self.hear = rows, tokenizer, n_mels, pad_audio, hear
         self.R, self.W = R, W
-        if hear:
-            clips(rows[0])                            # better now than in a worker of the loader
         self.first, self.between = chat_segments(tokenizer)
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.sep, self.unit_offset = tts_tokenizer.convert_tokens_to_ids(["<sep>", "<0>"])
@@ -168,15 +162,18 @@ class Dialogues(torch.utils.data.Dataset):
     def lengths(self):
         """For each dialogue, without touching its sound: (positions of the LLM, positions of the speech
         LM)."""
-        replies = self.rows["replies"]
-        texts = [reply for row in replies for reply in row]
-        tokens = iter([len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]])
-        samples = self.rows["samples"] if self.hear else itertools.repeat(())
-        for clip_samples, row, units in zip(samples, replies, self.rows["units"]):
-            speech = sum(speech_positions(clip_frames(n, self.pad)) for n in clip_samples)
-            text = sum(next(tokens) + 1 for _ in row)                        # with `<|im_end|>`
-            template = len(self.first) + (len(self.between) - 1) * (len(row) - 1) - len(row)
-            yield template + speech + text, text + len(row) + sum(map(len, units))
+        names, rows = ["replies", "units", "samples"], self.rows
+        if isinstance(rows, datasets.Dataset):        # without the paths, which would read all columns
+            rows = rows.select_columns(names).with_format(None)
+        for at in range(0, len(self), 1000):          # in pieces: 200,000 dialogues are 200 million units
+            replies, units, samples = (rows[name][at:at + 1000] for name in names)
+            texts = [reply for row in replies for reply in row]
+            tokens = iter([len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]])
+            for row, row_units, clips in zip(replies, units, samples):
+                speech = sum(speech_positions(clip_frames(n, self.pad)) for n in clips) if self.hear else 0
+                text = sum(next(tokens) + 1 for _ in row)                    # with `<|im_end|>`
+                template = len(self.first) + (len(self.between) - 1) * (len(row) - 1) - len(row)
+                yield template + speech + text, text + len(row) + sum(map(len, row_units))
 
     def mels(self, row):
         """The user's turns of a row, each a log-mel (n_mels, frames)."""
@@ -287,6 +284,16 @@ def start_worker(_):
     torch.set_num_threads(1)
 
 
+def collate_shared(items):
+    """`collate` in a worker: the batch goes into shared memory here, where a lack of it is raised. Left to
+    the queue's own thread, the error is printed there, and the main process waits for ever."""
+    batch = collate(items)
+    for x in batch.values():
+        if torch.is_tensor(x):
+            x.share_memory_()
+    return batch
+
+
 @functools.cache
 def kill_workers_at_exit():
     """Workers ignore SIGTERM, so kill them; torch would take their SIGCHLD for a failure."""
@@ -302,27 +309,20 @@ def batches(dialogues, groups, workers):
     its own. Raises ValueError that names the dialogue that cannot be read."""
     if workers:
         kill_workers_at_exit()
-    loader = torch.utils.data.DataLoader(
-        dialogues, batch_sampler=groups, collate_fn=collate, num_workers=workers, worker_init_fn=start_worker,
-        prefetch_factor=4 if workers else None, generator=torch.Generator(),
-        multiprocessing_context="fork" if workers else None)         # train.py cannot be imported
+    several = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    loader = torch.utils.data.DataLoader(             # fork: train.py cannot be imported
+        dialogues, batch_sampler=groups, collate_fn=collate_shared if workers else collate,
+        num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator(), **several)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))     # until workers can
         loader = iter(loader)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         yield from loader
     except (OSError, ValueError, RuntimeError) as e:  # the last line of a worker's traceback says why
-        raise ValueError(str(e).strip().splitlines()[-1]) from e
-
-
-def fingerprint(*splits):
-    """Hash of the training columns, without the audio (too slow to read). splits: datasets of rows."""
-    digest = hashlib.sha256()
-    for rows in splits:
-        columns = rows.select_columns(["id", "users", "replies", "units", "samples"]).with_format(None)
-        for part in columns.iter(1000):
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
+        why = str(e).strip().splitlines()[-1]
+        if "shared memory" in why:
+            why = f"/dev/shm is full ({why}); `docker run --shm-size 1g`, fewer --workers, or --workers 0"
+        raise ValueError(why) from e
 
 
 # -------------------------------------------------------------------------------------- the command

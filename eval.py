@@ -110,7 +110,7 @@ def read_questions(cfg):
     """(rows in the form of a corpus, the rule by which a reply is right). Raises ValueError."""
     if cfg.set != "tiny":
         return read_set(cfg.set, cfg.path, cfg.dialogues, cfg.tts)
-    rows = load_corpus(cfg.corpus, cfg.split)
+    rows = load_corpus(cfg.corpus, cfg.split, hear=True)
     if cfg.topics:
         wanted = set(cfg.topics)
         rows = rows.select([i for i, topics in enumerate(rows["topics"]) if wanted & set(topics)])
@@ -566,6 +566,8 @@ def main():
     if no_gpu:
         torch.set_num_threads(max(1, os.cpu_count() // state.num_processes))
     device = state.device
+    # bf16 on a GPU as the official code; on a CPU figures shall not depend on how fast it is
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for run in cfg.runs:
         if not checkpoint.newest_checkpoint(run):
             fail(f"--runs: there is no checkpoint in {run}")
@@ -573,13 +575,14 @@ def main():
         rows, rule = read_questions(cfg)
         llm, voice = find_originals(cfg)
         codec = None if cfg.text else load_codec(cfg.codec, cfg.voice).to(device)
-        text_model = Qwen2ForCausalLM.from_pretrained(llm, dtype=torch.float32) if llm else None
+        text_model = None
+        if llm and state.is_main_process:             # it alone types
+            text_model = Qwen2ForCausalLM.from_pretrained(llm, dtype=dtype)
         omni, tokenizer, _ = checkpoint.load(cfg.ckpt)
         open_folder(cfg, rows, state)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
-    # bf16 on a GPU as the official code; on a CPU figures shall not depend on how fast it is
-    quicken(omni.eval().to(device), [torch.bfloat16 if device.type == "cuda" else torch.float32])
+    quicken(omni.eval(), [dtype], device)
     answer_missing(cfg, rows, omni, tokenizer, codec, state)
     state.wait_for_everyone()
     if not state.is_main_process:

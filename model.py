@@ -245,7 +245,7 @@ class SpeechGenerator(nn.Module):
         self.fusion = fusion
         D = config.hidden_size
         self.model = Qwen2ForCausalLM(config)
-        self.model.lm_head = nn.utils.skip_init(Head, D, config.vocab_size, bias=False)
+        self.model.lm_head.__class__ = Head           # the same layer, with the loss
         self.input_proj = nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(),
                                         nn.Linear(2 * hidden_size, D))
         self.gate = nn.Sequential(nn.Linear(2 * D, D), nn.Sigmoid())

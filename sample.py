@@ -117,7 +117,7 @@ def main():
             questions = [read_audio(path) for path in cfg.wav]
             asked = [os.path.basename(path) for path in cfg.wav]
         else:
-            rows = load_corpus(cfg.corpus, "test")
+            rows = load_corpus(cfg.corpus, "test", hear=True)
             if not 0 <= cfg.index < len(rows):
                 fail(f"--index {cfg.index}: the test split has dialogues 0 to {len(rows) - 1}")
             row = rows[cfg.index]
@@ -128,7 +128,7 @@ def main():
         mels = [log_mel(wav, omni.model.speech_encoder.n_mels, omni.pad_audio) for wav in questions]
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
-    engine = Engine(quicken(omni.eval().to(device)), max_tokens=cfg.max_tokens, max_units=cfg.max_units,
+    engine = Engine(quicken(omni.eval(), device=device), max_tokens=cfg.max_tokens, max_units=cfg.max_units,
                     top_p=cfg.top_p, repeats=cfg.repeats)
     show = trace(engine, codec) if cfg.trace else None
     player = open_player(codec.sample_rate) if cfg.play and codec else None

@@ -453,8 +453,9 @@ def main():
             device = accelerate.PartialState().device
             codec = load_codec(cfg.codec, cfg.voice).to(device)
             omni, tokenizer, _ = checkpoint.load(cfg.ckpt)
-            talker = Talker(quicken(omni.eval().to(device)), tokenizer, partial(chat_ids, tokenizer), codec,
-                            cfg.rows, max_units=cfg.max_units, threads=threads)
+            quicken(omni.eval(), device=device)
+            talker = Talker(omni, tokenizer, partial(chat_ids, tokenizer), codec, cfg.rows,
+                            max_units=cfg.max_units, threads=threads)
     except (OSError, ValueError, RuntimeError) as e:
         fail(e)
     if talker:                                        # a first reply takes a second longer than others

@@ -28,12 +28,12 @@ import torch
 from accelerate.tracking import get_available_trackers
 from tqdm import tqdm
 
-from data import Dialogues, batches, deal, epoch_order, fingerprint, positions_of
+from data import Dialogues, batches, deal, epoch_order, positions_of
 from model import FUSIONS, IGNORE, PARTS, STAGES
 from omni import checkpoint, parallel, watch
 from omni.codec import load_codec
 from omni.configure import configure, fail
-from omni.corpus import load_corpus
+from omni.corpus import fingerprint, load_corpus
 from omni.files import read_json
 from omni.run import Run
 
@@ -125,7 +125,17 @@ if run.last:
     if run.saved["processes"] != world:
         log(f"{world} processes instead of {run.saved['processes']}: the same dialogues make the same steps, "
             "but sums are rounded in another order")
-splits = {name: load_corpus(cfg.corpus, name) for name in ("train", "validation")}     # missing? Say so now
+hear = cfg.stage != "stage1_tts"                      # text -> units: nobody listens
+splits = {name: load_corpus(cfg.corpus, name, hear) for name in ("train", "validation")}
+steps_per_epoch = len(splits["train"]) // cfg.batch_size
+max_steps = int(steps_per_epoch * cfg.epochs)
+if not max_steps or cfg.batch_size < world:           # said before gigabytes are loaded and written
+    fail(f"{len(splits['train'])} dialogues in steps of {cfg.batch_size} are not one step for {world} "
+         "processes; choose another --batch_size")
+if len(splits["validation"]) < world:
+    fail(f"{len(splits['validation'])} validation dialogues for {world} processes; build a corpus with more")
+run.set_corpus({"dialogues": len(splits["train"]), "settings": read_json(cfg.corpus, "meta.json"),
+                "sha256": parallel.once(lambda: fingerprint(*splits.values()))})
 for seed in (torch.manual_seed, random.seed, np.random.seed):
     seed(cfg.seed)
 
@@ -176,21 +186,11 @@ for part, prefixes in PARTS.items():
 
 # ----------------------------------------------------------------------------------------- the data
 
-run.set_corpus({"dialogues": len(splits["train"]), "settings": read_json(cfg.corpus, "meta.json"),
-                "sha256": fingerprint(*splits.values())})
-hear = cfg.stage != "stage1_tts"                      # text -> units: nobody listens
 n_mels = omni.model.speech_encoder.n_mels
 train_set, validation_set = (Dialogues(rows, *tokenizers, n_mels, cfg.read, cfg.write, cfg.pad_audio, hear)
                              for rows in splits.values())
-positions = positions_of(list(train_set.lengths()), cfg.stage)
+positions = positions_of(parallel.once(lambda: list(train_set.lengths())), cfg.stage)
 validation_positions = positions_of(list(validation_set.lengths()), cfg.stage)
-steps_per_epoch = len(train_set) // cfg.batch_size
-max_steps = int(steps_per_epoch * cfg.epochs)
-if not max_steps or cfg.batch_size < world:
-    fail(f"{len(train_set)} dialogues in steps of {cfg.batch_size} are not one step for {world} processes; "
-         "choose another --batch_size")
-if len(validation_set) < world:
-    fail(f"{len(validation_set)} validation dialogues for {world} processes; build the corpus with more")
 
 
 def plan(step):

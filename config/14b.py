@@ -7,5 +7,4 @@ Cost: not run here; by arithmetic in reference/real_sizes.md. Of the state of st
 about 120 GB of host memory on its machine. With --lora_rank 16 stage 1 fits on one card of 80 GB.
 """
 llm = "hf:Qwen/Qwen2.5-14B-Instruct"
-micro_tokens = 4096
 recompute = True

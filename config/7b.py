@@ -7,5 +7,4 @@ Cost: not run here; by arithmetic in reference/real_sizes.md. Of the state of st
 card of 80 GB.
 """
 llm = "hf:Qwen/Qwen2.5-7B-Instruct"
-micro_tokens = 4096
 recompute = True

@@ -18,13 +18,15 @@ import sys
 import torch
 import torch.nn as nn
 import whisper
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from model import Omni, SpeechEncoder
 from omni.audio import DOWNSAMPLE, UNIT_VOCAB
-from omni.files import flush, read_json, replace_folder, sha256
+from omni.files import flush, read_json, read_tensors, replace_folder, sha256
 
 HUB = "hf:"                           # prefix of a name on the Hugging Face hub
 SPEECH_FIELDS = ("bos_token_id", "eos_token_id", "hidden_size", "intermediate_size",
@@ -48,15 +50,53 @@ def local_or_hub(name):
     return name
 
 
+class Draws(TorchDispatchMode):
+    """Random numbers for parameters without memory (`init_empty_weights`): drawn and dropped, since nearly
+    all are about to be loaded. What is drawn later stays what it is, and `fill` draws those of a parameter
+    that nothing was loaded into: a seed means the same weights, whether the rest had memory or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = {}                               # parameter: (the generator's state before, how)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default) and args[0].is_meta:
+            self.drawn[args[0]] = torch.get_rng_state(), function, args[1:]
+            function(torch.empty(args[0].shape), *args[1:])
+        return function(*args, **kwargs or {})
+
+    def fill(self, module):
+        """Give memory and their numbers to the parameters below `module` that have none."""
+        after = torch.get_rng_state()
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None and p.is_meta:
+                    state, function, how = self.drawn[p]
+                    torch.set_rng_state(state)
+                    part._parameters[name] = nn.Parameter(function(torch.empty(p.shape), *how))
+        torch.set_rng_state(after)
+
+
 def load_whisper(name):
-    """The encoder of an openai-whisper file, or of one of its models ("large-v3", downloaded once)."""
+    """The encoder of an openai-whisper file, or of one of its models ("large-v3", downloaded once). The file
+    is mapped, so of the decoder nothing is read."""
     try:
-        model = whisper.load_model(name, device="cpu")
-    except (OSError, RuntimeError) as e:              # RuntimeError: no such file, and no model of that name
+        path = name
+        if name in whisper._MODELS:
+            cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+            path = whisper._download(whisper._MODELS[name], os.path.join(cache, "whisper"), False)
+        elif not os.path.isfile(name):
+            raise FileNotFoundError(f"no such file, and no model of that name: {whisper.available_models()}")
+        file = read_tensors(path)
+        d = whisper.model.ModelDimensions(**file["dims"])
+        weights = {key.removeprefix("encoder."): w.float() for key, w in file["model_state_dict"].items()
+                   if key.startswith("encoder.")}
+    except (OSError, RuntimeError, KeyError, TypeError) as e:
         raise OSError(f"Whisper {name} cannot be loaded or downloaded ({e}); give its file") from e
-    d = model.dims
-    encoder = SpeechEncoder(d.n_mels, d.n_audio_ctx, d.n_audio_state, d.n_audio_head, d.n_audio_layer)
-    encoder.load_state_dict(model.encoder.state_dict())
+    with init_empty_weights(), Draws():
+        whisper.model.Whisper(d)                      # for its random numbers: see Draws
+        encoder = SpeechEncoder(d.n_mels, d.n_audio_ctx, d.n_audio_state, d.n_audio_head, d.n_audio_layer)
+    encoder.load_state_dict(weights, assign=True)
     return encoder
 
 
@@ -118,10 +158,13 @@ def from_backbones(llm, whisper_name, speech_lm, R=3, W=10, pad_audio=False):
         "speech_generator": {key: speech_fields[key] for key in SPEECH_FIELDS},
         "speech_projector_type": "linear", "stream_params": f"({R},{W})", "torch_dtype": "float32",
         "tts_tokenizer": "tts_tokenizer", "unit_vocab_size": UNIT_VOCAB, "pad_audio": pad_audio}
-    omni = Omni(config, encoder)
-    omni.model.load_state_dict(omni.model.state_dict() | qwen2.model.state_dict())
-    omni.lm_head.load_state_dict(qwen2.lm_head.state_dict())
-    omni.speech_generator.model.load_state_dict(speech_qwen2.state_dict())
+    with init_empty_weights(), Draws() as draws:
+        omni = Omni(config, encoder)
+    omni.model.load_state_dict(qwen2.model.state_dict(), strict=False, assign=True)
+    omni.lm_head.load_state_dict(qwen2.lm_head.state_dict(), assign=True)
+    omni.speech_generator.model.load_state_dict(speech_qwen2.state_dict(), assign=True)
+    omni.tie()
+    draws.fill(omni)
     # g = 0.05 at first: stage 2 begins where stage 1 TTS ended
     nn.init.constant_(omni.speech_generator.gate[0].bias, -3.0)
     omni.source = None
@@ -129,7 +172,8 @@ def from_backbones(llm, whisper_name, speech_lm, R=3, W=10, pad_audio=False):
 
 
 def read_weights(folder):
-    """{name: tensor} of all safetensors files in a folder. Raises ValueError that names the file."""
+    """{name: tensor} of all safetensors files in a folder, mapped: what nobody touches takes no memory.
+    Raises ValueError that names the file."""
     weights = {}
     for name in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors")):
         try:
@@ -144,6 +188,14 @@ def hashes(folder):
     """{name: sha256} of all safetensors files in a folder."""
     names = sorted(n for n in os.listdir(folder) if n.endswith(".safetensors"))
     return {name: sha256(os.path.join(folder, name)) for name in names}
+
+
+def recorded_hashes(folder):
+    """The same, from the list that `seal` wrote there a while ago, if it did."""
+    files = read_json(folder, "meta.json").get("files")
+    if files is None:
+        return hashes(folder)
+    return {name: about["sha256"] for name, about in files.items() if name.endswith(".safetensors")}
 
 
 def find(name):
@@ -174,14 +226,17 @@ def encoder_of(folder, weights):
             raise ValueError(f"{folder} lacks tensor model.speech_encoder.{name}; it is not complete")
     size, n_mels, _ = weights["conv1.weight"].shape
     layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    return SpeechEncoder(n_mels, len(weights["positional_embedding"]), size, size // 64, layers)
+    with init_empty_weights():
+        return SpeechEncoder(n_mels, len(weights["positional_embedding"]), size, size // 64, layers)
 
 
-def load(name, whisper_name=None):
+def load(name, whisper_name=None, mapped=False):
     """Load a checkpoint in the released layout, or a run's: see `find`.
 
     whisper_name  only needed where the checkpoint does not hold the encoder's weights or its heads are not 64
                   wide
+    mapped        leave the weights in their files instead of reading them: to be saved, not to compute with,
+                  since nothing aligns them, and on memory of another alignment CPUs may round differently
     Returns (omni, tokenizer, tts_tokenizer); omni.source is the folder that holds all of its tensors, or None
     if there is not one. Raises FileNotFoundError, or ValueError that names the tensor.
     """
@@ -200,6 +255,7 @@ def load(name, whisper_name=None):
                              "bring it back")
         weights |= read_weights(frozen)
     weights |= read_weights(folder)
+    weights = {key: w.to(torch.float32, copy=not mapped) for key, w in weights.items()}
     prefix = "model.speech_encoder."
     own = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
     if whisper_name or not own:
@@ -208,11 +264,12 @@ def load(name, whisper_name=None):
         encoder = encoder_of(folder, own)
     if not own:
         weights |= {prefix + key: w for key, w in encoder.state_dict().items()}
-    omni = Omni(config, encoder)
     lora = config.get("lora_rank")
+    with init_empty_weights():                                 # else 2/3 of the time goes into random weights
+        omni = Omni(config, encoder)
+        if lora:
+            omni.add_lora(lora)
     omni.source = folder if own and not base and not lora else None
-    if lora:
-        omni.add_lora(lora)
     expected = omni.state_dict()
     if lora:                                          # peft puts the matrices of base/ one level deeper
         deeper = {key: ".base_layer.".join(key.rsplit(".", 1)) for key in weights if key not in expected}
@@ -231,7 +288,8 @@ def load(name, whisper_name=None):
                              "or damaged")
     if encoder.blocks[0].attn.n_head == 0:
         raise ValueError(f"the heads of the encoder in {folder} are not 64 wide; give its Whisper file too")
-    omni.load_state_dict(weights)
+    omni.load_state_dict(weights, assign=True)
+    omni.tie()
     return omni, *load_tokenizers(folder)
 
 

@@ -43,6 +43,7 @@ from functools import partial
 
 import datasets
 import ijson
+import pyarrow
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_from_disk
 
@@ -525,7 +526,7 @@ def build(cfg):
     claim(cfg)
     if shards is not None:
         print(f"{cfg.out_dir} is complete already")
-        report(cfg, shards)
+        next_command(cfg, report(cfg, shards))
         return
     shards = run_processes(cfg)
     missing = sum(not os.path.exists(shard_folder(cfg.out_dir, number)) for number in range(shards))
@@ -536,7 +537,18 @@ def build(cfg):
     if not shards:
         fail(f"{cfg.path} holds no dialogues; give another --path, and delete {cfg.out_dir}")
     finish(cfg, shards)
-    report(cfg, shards)
+    next_command(cfg, report(cfg, shards))
+
+
+def next_command(cfg, dialogues):
+    """Print how to train on the corpus, or what it lacks. dialogues: {split: how many}."""
+    empty, total = [split for split, n in dialogues.items() if not n], sum(dialogues.values())
+    if empty:
+        enough = min(0.4, max(0.005, 20 / max(1, total)))
+        print(f"\nThe corpus {cfg.out_dir} is not enough to train on and to judge: of {total} dialogues none "
+              f"is in {' and '.join(empty)}. Delete the folder and build it again, with more dialogues or "
+              f"with a larger share for both: --held_out {enough:.2g} instead of {cfg.held_out:g}")
+        return
     if cfg.source == "tiny":
         arguments = "config/tiny_stage1.py"
     elif cfg.source != "instructs2s" or cfg.audio_root:
@@ -645,7 +657,8 @@ def finish(cfg, shards):
 
 
 def report(cfg, shards):
-    """Print what the corpus holds, one line per split, and what was left out, one line per reason."""
+    """Print what the corpus holds, one line per split, and what was left out, one line per reason -> the
+    number of dialogues in each split."""
     totals = {split: Counter() for split in SPLITS}
     reasons, examples = Counter(), {}
     for number in range(shards):
@@ -664,22 +677,22 @@ def report(cfg, shards):
         hours_in, hours_out = n["seconds"] / 3600, n["units"] / UNIT_RATE / 3600
         line = f"{split:12}{n['dialogues']:10,}{n['turns']:8,}"
         line += f"{hours_in:10.2f}{hours_out:10.2f}{n['units']:14,}"
-        if not n["dialogues"]:
-            line += "   empty: train.py needs some, raise --held_out"
         print(line)
     where = f", listed in {cfg.out_dir}/left_out.jsonl" if reasons else ""
     print(f"\nleft out: {sum(reasons.values())}{where}")
     for reason, n in reasons.most_common():
         print(f"{n:8,}  {reason}, such as {examples[reason]}")
+    return {split: n["dialogues"] for split, n in totals.items()}
 
 
 # ------------------------------------------------------------------------------------------ reading
 
-def load_corpus(folder, split):
+def load_corpus(folder, split, hear=False):
     """Load a split of a corpus that `build` made, or of any datasets folder with the same columns.
 
+    hear     will the user's speech be needed?
     Returns a datasets.Dataset of rows; recordings get whole paths, from the audio_root in meta.json. fail()
-    if there is no such split, if it is empty, or if the corpus is unfinished.
+    if there is no such split, if it is empty or lacks speech that is needed, or if the corpus is unfinished.
     """
     shards = read_json(folder, "complete.json").get("shards")
     meta = read_json(folder, "meta.json")
@@ -695,7 +708,15 @@ def load_corpus(folder, split):
         fail(f"the corpus {folder} has no dialogues in the split {split!r}; "
              "build it again with a larger --held_out")
     if meta.get("audio_root"):
-        return rows.with_transform(partial(add_root, meta["audio_root"]))
+        rows = rows.with_transform(partial(add_root, meta["audio_root"]))
+    if hear:
+        if not rows[0]["speech"]:
+            fail(f"the corpus {folder} holds no speech: it was built without recordings, which is enough "
+                 "only for config/stage1_tts.py; build another with --audio_root and name it with --corpus")
+        path = rows[0]["speech"][0]["path"]
+        if path and not os.path.exists(path):
+            fail(f"the corpus {folder} refers to {path}, which is missing; bring the recordings back to "
+                 "where they were when it was built")
     return rows
 
 
@@ -711,6 +732,24 @@ def load_shards(folder, split, shards):
             parts.append(load_from_disk(part))
     if parts:
         return concatenate_datasets(parts)
+
+
+def fingerprint(*splits):
+    """Hash of the training columns, without the audio (too slow to read). splits: datasets of rows."""
+    digest = hashlib.sha256()
+    for rows in splits:
+        columns = rows.select_columns(["id", "users", "replies", "units", "samples"]).with_format("arrow")
+        for part in columns.iter(1000):
+            for column in part.columns:
+                x = column.combine_chunks()
+                while isinstance(x, pyarrow.ListArray):
+                    digest.update(x.value_lengths().to_numpy().tobytes())
+                    x = x.flatten()
+                if pyarrow.types.is_integer(x.type):  # units: 200 million in the released corpus
+                    digest.update(x.to_numpy().tobytes())
+                else:
+                    digest.update(repr(x.to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def add_root(root, batch):

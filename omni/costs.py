@@ -219,7 +219,7 @@ def cost(first, file, size=None, **options):
     names = fields_of(*filter(None, [first, size]))
     fields = fields_of(*filter(None, [file, size])) | options
     stage, recompute, rank = fields["stage"], fields.get("recompute", False), fields.get("lora_rank", 0)
-    corpus = CORPORA[fields.get("corpus", "corpus/tiny")]
+    corpus = CORPORA[fields.get("corpus", "corpus/tiny").removesuffix("_heard")]
     omni = model_of(backbone(names.get("llm", "")), backbone(names.get("speech_lm", "")),
                     names.get("whisper", "tiny/whisper.pt"))
     if rank:

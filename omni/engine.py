@@ -27,6 +27,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from model import SPEECH, expand_speech
 from omni.audio import DOWNSAMPLE, speech_positions
@@ -135,15 +136,16 @@ def pack(module, leave=None):
 
 
 @torch.no_grad()
-def quicken(omni, precisions=(torch.float32, torch.bfloat16)):
-    """Make a model decode as fast as its device allows, in place, and print how. It cannot be trained or
-    saved any more.
+def quicken(omni, precisions=(torch.float32, torch.bfloat16), device=None):
+    """Move a model to a device (none: where it is) and make it decode as fast as that allows, in place, and
+    print how. It cannot be trained or saved any more.
 
     A decoder reads all its weights for every unit, and bf16 is half the bytes: on a GPU it wins. On a CPU it
     depends on its instructions and on the size, as does packing (see `Packed`), so MLPs of the speech LM are
     timed, enough of them that a cache does not hold them all. What hears has many rows and is always packed.
     """
-    generator, device, times = omni.speech_generator, omni.lm_head.weight.device, {}
+    generator, times = omni.speech_generator, {}
+    device = torch.device(device or omni.lm_head.weight.device)
     mlps = torch.nn.ModuleList(layer.mlp for layer in generator.model.model.layers[:4])
     cpu = device.type == "cpu"
     ways = (False, True) if cpu and torch.backends.mkldnn.is_available() else (False,)
@@ -167,7 +169,10 @@ def quicken(omni, precisions=(torch.float32, torch.bfloat16)):
         dtype, packed = min(times, key=lambda way: times[way] * (1 if way[0] == torch.float32 else 1.1))
     timed = "; ".join(f"{named(*way)} {1000 * seconds:.2f} ms" for way, seconds in times.items())
     print(f"decoding in {named(dtype, packed)}" + (f" ({len(mlps)} MLPs: {timed})" if times else ""))
-    omni.to(dtype)
+    rotary = {m: m.inv_freq for m in omni.modules() if isinstance(m, Qwen2RotaryEmbedding)}
+    omni.to(device, dtype)                            # tensor by tensor: a GPU never holds the model in fp32
+    for module, inv_freq in rotary.items():           # 0.2 % of a frequency is a radian after 1,000 positions
+        module.inv_freq = inv_freq.to(device)
     if packed:
         pack(omni, leave=generator.model.lm_head)
     elif True in ways:

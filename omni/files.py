@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 
 import torch
 
@@ -24,10 +25,11 @@ def read_json(folder, name):
 
 
 def read_tensors(path):
-    """What a file that torch.save wrote holds; nothing in it is executed. Raises FileNotFoundError, or
-    RuntimeError."""
+    """What a file that torch.save wrote holds; nothing in it is executed. It is mapped, not read: tensors
+    that nobody touches take no memory. Raises FileNotFoundError, or RuntimeError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)             # files of old versions cannot be
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as e:                            # other files can raise anything, with misleading advice

@@ -108,6 +108,13 @@ def build(load):
     return omni, *tokenizers
 
 
+def once(make):
+    """make()'s result in all processes: the first one calls it, the others wait for what it sends."""
+    result = [make() if accelerate.PartialState().is_main_process else None]
+    broadcast_object_list(result)
+    return result[0]
+
+
 def wrap(omni, accelerator, sharding):
     """Put the model where it is trained, with the weights of the first process -> the module to call."""
     if not sharding:

@@ -104,7 +104,8 @@ class Run:
             except (OSError, RuntimeError) as e:
                 shutil.rmtree(folder + ".part", ignore_errors=True)
                 raise OSError(f"{folder} cannot be written ({e}); make room or change --out_dir") from e
-        self.base = {"folder": os.path.relpath(folder, self.final), "sha256": checkpoint.hashes(folder)}
+        self.base = {"folder": os.path.relpath(folder, self.final),
+                     "sha256": checkpoint.recorded_hashes(folder)}
 
     def set_corpus(self, corpus):
         """Remember what the run learns from: {"dialogues": n, "settings": {...}, "sha256": ...}. fail() if a
@@ -192,7 +193,7 @@ class Run:
             meta = read_json(folder, "meta.json")
             meta = {key: value for key, value in meta.items() if key not in ("files", "base")}
             try:
-                omni, *tokenizers = checkpoint.load(folder)
+                omni, *tokenizers = checkpoint.load(folder, mapped=True)     # beside the one in training
                 omni.merge_lora()
                 checkpoint.save(omni, self.final + ".part", *tokenizers)
                 checkpoint.seal(self.final + ".part", self.final, meta)

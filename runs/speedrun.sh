@@ -11,10 +11,23 @@
 #     stage 2       4.5 TFLOP (encoder, LLM forward, speech LM)        x 200K x 1 epoch    9.1e+17 FLOP
 # Together 4.9 hours of one H100 that reaches 297 TFLOP/s (30 % of its peak), so 37 minutes of eight at best,
 # and 12 dollars at 2.50 per GPU hour.
-# The 345 GB of recordings take longer: an hour at 100 MB/s, and another to unpack. Eight idle GPUs would cost
-# 40 dollars meanwhile, so download on a machine without GPUs, onto a disk that you can move. Keep 850 GB of
-# disk free. If the GPUs wait for data (nvidia-smi shows them idle), raise --workers: the CPU decodes every
-# clip in each epoch.
+# What comes on top:
+#     checkpoints   4 + 7 + 3 in the three stages, 15 to 20 s each: 4 to 5 minutes, however many GPUs
+#     starts        7 GB are read and written, the corpus is counted: some minutes a stage, not measured
+#     validations   as many as checkpoints; batched, but not measured
+#     small steps   the paper's 32 dialogues a step are 4 a GPU on eight (4,400 positions in stage 1 TTS,
+#                   1,100 in stage 1), too few to reach 30 %. A larger batch helps, but is not the paper's
+# So expect 5 1/4 hours on one GPU (13 dollars), and on eight an hour or more (20 dollars), not 37 minutes.
+#
+# Memory: 21.5 GB, of which 12.7 are weights and optimizer: a card of 24 GB is just enough.
+#
+# Disk: 850 GB. The recordings are 345 GB packed and as much unpacked. Each stage keeps up to three
+# checkpoints of 6.1 GB (the newest two and the best), one more while it saves, and final/ with 6.6 GB; stage 1
+# also base/ with as much: 99 GB. Delete step-*/ and base/ of a stage once it has its final/.
+# The recordings take longer than the training: an hour at 100 MB/s, and another to unpack. Eight idle GPUs
+# would cost 40 dollars meanwhile, so download on a machine without GPUs, onto a disk that you can move.
+# If the GPUs wait for data (nvidia-smi shows them idle), raise --workers: the CPU decodes every clip in each
+# epoch. Workers hand batches over in /dev/shm; in Docker say --shm-size 1g.
 #
 # Licenses: Qwen2.5-0.5B Apache-2.0, Whisper MIT, CosyVoice 2 Apache-2.0. The corpus is CC BY-NC 4.0, so
 # neither it nor what you train on it is for commercial use.

@@ -206,10 +206,11 @@ def test_the_json_alone_trains_stage1_tts(released):
         assert ours["replies"] == [t["text"] for t in replies] and ours["speech"] == []
         assert ours["units"] == [json.loads(str(t["unit"])) for t in replies]
     trainable(released / "alone", "stage1_tts")
-    omni, *tokenizers = load()
     with pytest.raises(SystemExit) as refusal:
-        Dialogues(load_corpus(str(released / "alone"), "train"), *tokenizers, 128, 3, 10)
+        load_corpus(str(released / "alone"), "train", hear=True)
     assert refusal.value.code == 2
+    with pytest.raises(ValueError, match="holds no speech"):
+        clips(rows["train"][0])
 
 
 def test_what_is_left_out_is_listed(released):
@@ -229,6 +230,11 @@ def test_recordings_are_referred_to(released):
     assert all(len(clips(row)[0]) == 8000 for row in rows["train"])
     assert sum(p.stat().st_size for p in (released / "heard").rglob("*.arrow")) < 200_000
     trainable(released / "heard", "stage1")
+    (released / "audio").rename(released / "moved")                # seen at once, before a model is loaded
+    with pytest.raises(SystemExit):
+        load_corpus(str(released / "heard"), "train", hear=True)
+    (released / "moved").rename(released / "audio")
+    load_corpus(str(released / "heard"), "train", hear=True)
     for split in SPLITS:                               # a dialogue's split depends on its id alone
         ids = [row["id"] for row in load_corpus(str(released / "alone"), split)]
         assert [row["id"] for row in rows[split]] == [i for i in ids if i in dict(NAMES)]
@@ -244,6 +250,21 @@ def test_ranks_make_the_same_corpus(released):
     assert [process.returncode for process in ranks] == [0, 0] and first and second and not first & second
     assert any("left out: 19" in text for text in printed)
     assert contents(released / "ranks") == contents(released / "alone")
+
+
+def test_too_few_dialogues_are_not_sent_to_training(released, tmp_path, monkeypatch, capsys):
+    """A split without dialogues is named, with a share that fills it, instead of a command that would be
+    refused. The share is enough: built with it, all splits have some."""
+    def printed(folder, share):
+        options = "--path", released / "data.json", "--held_out", share
+        build_here(monkeypatch, command("instructs2s", tmp_path / folder, *options))
+        return capsys.readouterr().out
+
+    few = printed("few", 0.0001)
+    assert "Next" not in few and f"{tmp_path}/few is not enough" in few
+    assert re.search(r"of \d+ dialogues none is in validation and test", few)
+    share = re.search(r"--held_out (\S+) instead of 0.0001", few).group(1)
+    assert "Next: accelerate launch" in printed("more", share)
 
 
 def test_what_can_be_loaded(released, tmp_path, capsys):

@@ -1,8 +1,13 @@
 """From sound to tensors and back: what is refused, a real recording, the embedded world, its codec."""
 import collections
 import math
+import os
 import random
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import librosa
@@ -10,9 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, ROOT, ROWS
 from safetensors.torch import load_file
 
+from data import Dialogues, batches
 from model import expand_speech
 from omni import codec as codecs
 from omni.audio import log_mel, read_audio, read_wav, speech_positions, wav_bytes
@@ -459,3 +465,64 @@ def test_a_codec_survives_its_file(tmp_path):
     again = NanoCodec.load(tmp_path / "codec.pt")
     assert again.phonemes == ["a", "b"] and not again.training
     assert all(torch.equal(again.state_dict()[k], v.half().float()) for k, v in codec.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- workers
+
+SHARED = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+READ = """
+import sys
+import torch
+from data import batches
+class Dialogues:
+    def __getitem__(self, i):
+        turns = [([1], [0], [1])]
+        return {"id": "a", "mels": [torch.ones(80, 10000)], "ids": [1], "labels": [1], "turns": turns}
+try:
+    print(len(list(batches(Dialogues(), [[i] for i in range(9)], int(sys.argv[1])))), "batches")
+except ValueError as e:
+    print(e)
+"""
+
+
+def small_shared_memory(size, workers):
+    """What reading nine batches of 3.2 MB prints where /dev/shm has this size; None if we may not mount."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mount]).returncode:
+        return None
+    command = "unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", READ, workers
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_small_dev_shm():
+    """Docker gives 64 MB. A worker that finds no room for its batch says so, with the remedy; the main
+    process does not wait for a batch that never comes. Without workers none is needed."""
+    found = small_shared_memory("4m", "1")
+    if found is None:
+        pytest.skip("needs root, to mount a small /dev/shm")
+    assert "No space left on device" in found and "or --workers 0" in found and len(found.splitlines()) == 1
+    assert small_shared_memory("4m", "0") == small_shared_memory("64m", "2") == "9 batches\n"
+
+
+def test_workers_share_where_an_error_is_raised(tiny, monkeypatch):
+    """The same without root: sharing is what fails, and it fails where the loader hands errors on."""
+    def full(tensor):
+        raise RuntimeError(SHARED)
+
+    omni, *tokenizers = tiny
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    rows = Dialogues(ROWS, *tokenizers, 128, omni.R, omni.W)
+    with pytest.raises(ValueError, match="shm-size 1g"):
+        next(batches(rows, [[0]], 1))
+    assert len(list(batches(rows, [[0], [1]], 0))) == 2
+
+
+def test_a_killed_worker(tiny):
+    """The kernel may kill one, for want of memory: an error, no endless wait."""
+    class Deadly(Dialogues):
+        def __getitem__(self, i):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    omni, *tokenizers = tiny
+    with pytest.raises(ValueError, match="worker"):
+        next(batches(Deadly(ROWS, *tokenizers, 128, omni.R, omni.W), [[0]], 1))

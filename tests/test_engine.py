@@ -3,6 +3,7 @@ joining, leaving, cancelling, nor what a row held before changes a token."""
 import pytest
 import torch
 from conftest import ROWS, generate, load
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import Dialogues
 from model import SPEECH, expand_speech
@@ -191,6 +192,37 @@ def test_a_quickened_model_says_the_same(prompts, monkeypatch, capsys, packed):
     assert isinstance(omni.model.speech_encoder.blocks[0].mlp[0], Packed)
     for prompt, said in zip(prompts, expected):
         assert alone(omni, prompt, temperature=0.0) == said
+
+
+def test_what_is_moved_to_a_gpu_arrives_in_bf16():
+    """No parameter is on the device in fp32 first, which would take twice the memory. (The meta device stands
+    in for a GPU: it times nothing and has no memory.)"""
+    omni, seen = load()[0], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if torch.is_tensor(result) and result.is_meta and result.dtype != torch.bfloat16:
+                seen.append(result.numel())
+            return result
+
+    with Watch():
+        quicken(omni.eval(), device="meta")
+    assert {(p.device.type, p.dtype) for p in omni.parameters()} == {("meta", torch.bfloat16)}
+    networks = omni.model, omni.speech_generator.model.model
+    assert seen == [len(network.rotary_emb.inv_freq) for network in networks]
+
+
+def test_bf16_leaves_rotations_in_fp32():
+    """A frequency of RoPE that is rounded to bf16 is off by up to 0.2 %, so positions a thousand apart would
+    be turned by a radian. Cosines at position 2,000 are those of the model in fp32."""
+    tables = []
+    for precision in (torch.float32, torch.bfloat16):
+        omni, *_ = load()
+        quicken(omni.eval(), [precision])
+        x = torch.zeros(1, dtype=torch.float32)
+        tables.append(omni.model.rotary_emb(x, torch.tensor([[2000]])))
+    torch.testing.assert_close(*tables, rtol=0, atol=0)
 
 
 def test_a_quickened_model_in_bf16(prompts):

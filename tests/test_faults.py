@@ -401,6 +401,27 @@ def test_changed_corpus(world, straight, tmp_path):
         assert "is not the corpus that the run" in error and difference in error, error
 
 
+def test_cheap_checks_come_first(world, tmp_path):
+    """What the corpus's files tell is said before a model is loaded (there is none here) or base/ written."""
+    def mute(rows):
+        return [row | {"speech": [], "samples": []} for row in rows]
+
+    def one(rows):
+        return rows[:1]
+
+    deaf = other_corpus(world, tmp_path / "deaf", mute)
+    small = other_corpus(world, tmp_path / "small", one, split="validation")
+    nowhere = "--llm", tmp_path / "nowhere", "--whisper", tmp_path / "nowhere"
+    for more, processes, message in (
+            (("--corpus", deaf), 1, "holds no speech"), (("--batch_size", 50), 1, "are not one step"),
+            (("--batch_size", 1), 2, "are not one step for 2 processes"),
+            (("--corpus", small), 2, "1 validation dialogues for 2 processes")):
+        again = Run(world, "stage1", tmp_path / "run", *nowhere, *more, processes=processes)
+        text = again.end(*[2] * processes)
+        assert len(errors(text)) == processes and message in errors(text)[0], text
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------ several processes
 
 def test_other_number_of_processes(world, straight, tmp_path):

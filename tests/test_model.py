@@ -243,11 +243,24 @@ def test_logits_in_pieces(items, stage, monkeypatch):
 
 @torch.no_grad()
 def test_lengths_are_those_of_the_rows(tiny, items):
-    """What is counted from the corpus's columns is what the rows become."""
+    """What is counted from the corpus's columns is what the rows become, also where a piece of 1,000 ends."""
     omni, *tokenizers = tiny
-    rows = laid_out(omni, tokenizers, datasets.Dataset.from_list(ROWS))
+    rows = laid_out(omni, tokenizers, datasets.Dataset.from_list(ROWS * 334))
     expected = [(len(item["ids"]), sum(len(ids) for ids, _, _ in item["turns"])) for item in items]
-    assert list(rows.lengths()) == expected
+    assert list(rows.lengths()) == expected * 334
+
+
+def test_the_tokenizer_gets_pieces(tiny, monkeypatch):
+    """Of a large corpus only a thousand dialogues' replies are in memory at once."""
+    omni, *tokenizers = tiny
+    rows, seen = laid_out(omni, tokenizers, datasets.Dataset.from_list(ROWS * 700)), []
+
+    def counted(texts, **more):
+        seen.append(len(texts))
+        return tokenizers[0](texts, **more)
+
+    monkeypatch.setattr(rows, "tokenizer", counted)
+    assert len(list(rows.lengths())) == 2100 and max(seen) <= 2001
 
 
 @pytest.mark.parametrize("stage", STAGES)

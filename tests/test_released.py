@@ -1,6 +1,7 @@
 """Checkpoints as they are released: tied or not, whole or in shards, with the encoder inside or beside, at
 every size, in a folder or on the hub. It protects the promise that a download loads, completely or with one
 clear line."""
+import contextlib
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from accelerate import init_empty_weights
 from conftest import CHECKPOINT
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2ForCausalLM, Qwen2Model, Qwen2Tokenizer
 
+from model import Omni
 from omni import checkpoint
 from omni.costs import model_of, parameters
 
@@ -102,6 +105,82 @@ def layout(folder):
     config = json.loads((folder / "config.json").read_text())
     names = {re.sub(r"\.\d+\.", ".N.", name) for name in load_file(folder / "model.safetensors")}
     return names, config.keys(), config["speech_generator"].keys()
+
+
+def test_a_seed_means_the_same_weights_with_memory_or_without(tiny):
+    """A model is built without memory, since nearly all of it is loaded. Its new parts still get the numbers
+    that they got when the rest was drawn too, and so do LoRA's matrices after it: our reference curves begin
+    with them."""
+    omni, found = tiny[0], []
+    new = "model.speech_projector", "speech_generator.input_proj", "speech_generator.gate"
+    for empty in (False, True):
+        torch.manual_seed(3)
+        with contextlib.ExitStack() as stack:
+            if empty:
+                stack.enter_context(init_empty_weights())
+                draws = stack.enter_context(checkpoint.Draws())
+            made = Omni(omni.config, omni.model.speech_encoder)
+        if empty:
+            assert made.model.layers[0].mlp.up_proj.weight.is_meta
+            for name in new:
+                draws.fill(made.get_submodule(name))
+        weights = {name: p.detach() for name, p in made.named_parameters() if name.startswith(new)}
+        found.append((weights, torch.rand(3)))
+    assert len(found[0][0]) == 10
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_backbones_arrive_in_their_places():
+    """Every tensor of both Qwen2 and of Whisper's encoder is in the model, bit for bit; heads are tied, and
+    nothing is without memory, also of what no state dict holds."""
+    omni, *_ = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    ours = omni.state_dict()
+    qwen2 = Qwen2ForCausalLM.from_pretrained("tiny/qwen2", dtype=torch.float32).state_dict()
+    for name, w in qwen2.items():
+        assert torch.equal(ours[name][:len(w)], w), name
+        assert torch.equal(ours[f"speech_generator.model.{name}"][:len(w)], w), name
+    encoder = torch.load("tiny/whisper.pt", weights_only=True)["model_state_dict"]
+    for name, w in encoder.items():
+        if name.startswith("encoder."):
+            assert torch.equal(ours[f"model.speech_{name}"], w.float()), name
+    speech_lm = omni.speech_generator.model
+    assert omni.lm_head.weight is omni.model.embed_tokens.weight
+    assert speech_lm.lm_head.weight is speech_lm.model.embed_tokens.weight
+    for name, x in (*omni.named_parameters(), *omni.named_buffers()):
+        assert not x.is_meta and x.dtype == torch.float32, name
+    for network in (omni.model, speech_lm.model):
+        rotary = Qwen2Model(network.config.__class__(**network.config.to_dict())).rotary_emb
+        assert torch.equal(network.rotary_emb.inv_freq, rotary.inv_freq)
+
+
+def test_whisper_is_mapped(monkeypatch):
+    """Of the file's decoder nothing is copied: large-v3 would take 9.4 GB instead of its encoder's 2.5."""
+    seen, read = [], torch.load
+
+    def watched(*args, **more):
+        seen.append(more.get("mmap"))
+        return read(*args, **more)
+
+    monkeypatch.setattr(torch, "load", watched)
+    checkpoint.load_whisper("tiny/whisper.pt")
+    assert seen == [True]
+
+
+def test_a_checkpoint_read_or_mapped_is_the_same(tmp_path):
+    """export maps the files instead of holding a second model. And what `seal` has listed need not be hashed
+    again: the list is right."""
+    omni, *tokenizers = checkpoint.from_backbones("tiny/qwen2", "tiny/whisper.pt", "tiny/qwen2")
+    folder = str(tmp_path / "saved")
+    checkpoint.save(omni, folder + ".part", *tokenizers)
+    checkpoint.seal(folder + ".part", folder, {})
+    read, mapped = checkpoint.load(folder)[0], checkpoint.load(folder, mapped=True)[0]
+    torch.testing.assert_close(read.state_dict(), omni.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(mapped.state_dict(), omni.state_dict(), rtol=0, atol=0)
+    of_file = [p.untyped_storage().nbytes() > p.nbytes or p.data_ptr() % 64 for p in mapped.parameters()]
+    assert sum(map(bool, of_file)) > 10
+    assert all(p.data_ptr() % 64 == 0 for p in read.parameters())
+    assert checkpoint.recorded_hashes(folder) == checkpoint.hashes(folder)
+    assert len(checkpoint.hashes(folder)) == 1
 
 
 def test_a_checkpoint_from_backbones_has_the_released_layout(tmp_path):
