@@ -10,7 +10,7 @@
 # memory, 67 GB of disk for checkpoints, and 40 minutes on a card that reaches 30 % of 70 TFLOP/s in bf16.
 # Steps this small reach less, hence the evening. A Mac needs 24 GB or more; we had none. We do not know how
 # well it will answer or speak, nor whether 5,000 questions are enough for the adapter: the paper took 200,000
-# dialogues. What did run is a few steps of each stage on random weights, see config/small_stage1.py.
+# dialogues. What did run is a few steps on random weights, see config/small_stage1.py.
 #
 # Downloads: Whisper small.en (0.5 GB, MIT), Qwen2.5-0.5B and -Instruct (1 GB each, Apache-2.0), CosyVoice 2's
 # codec (1 GB, Apache-2.0) with a clip of the authors' for a voice, and databricks-dolly-15k (13 MB, CC BY-SA
