@@ -22,8 +22,8 @@
 # Memory: 21.5 GB, of which 12.7 are weights and optimizer: a card of 24 GB is just enough.
 #
 # Disk: 850 GB. The recordings are 345 GB packed and as much unpacked. Each stage keeps up to three
-# checkpoints of 6.1 GB (the newest two and the best), one more while it saves, and final/ with 6.6 GB; stage 1
-# also base/ with as much: 99 GB. Delete step-*/ and base/ of a stage once it has its final/.
+# checkpoints of 6.1 GB (the newest two and the best), one more while it saves, and final/ with 6.6 GB;
+# stage 1 also base/ with as much: 99 GB. Delete step-*/ and base/ of a stage once it has its final/.
 # The recordings take longer than the training: an hour at 100 MB/s, and another to unpack. Eight idle GPUs
 # would cost 40 dollars meanwhile, so download on a machine without GPUs, onto a disk that you can move.
 # If the GPUs wait for data (nvidia-smi shows them idle), raise --workers: the CPU decodes every clip in each
