@@ -58,11 +58,15 @@ class Draws(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.drawn = {}                               # parameter: (the generator's state before, how)
+        self.space = torch.empty(0)                   # one for all: freed ones would leave holes, not memory
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default) and args[0].is_meta:
             self.drawn[args[0]] = torch.get_rng_state(), function, args[1:]
-            function(torch.empty(args[0].shape), *args[1:])
+            n = args[0].numel()
+            if n > len(self.space):
+                self.space = torch.empty(n)
+            function(self.space[:n], *args[1:])
         return function(*args, **kwargs or {})
 
     def fill(self, module):
