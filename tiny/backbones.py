@@ -24,6 +24,9 @@ faster than AdamW alone.
 Whisper also hears voices that were made from recordings of people (tiny/voices.py); their synthesizers have
 to be installed, and it says which are missing. On CPU two processes with a thread each train almost twice as
 fast as one with two threads: `torchrun --nproc_per_node 2 tiny/backbones.py --parts whisper`.
+
+In another language: `--texts dialogues.jsonl --accents de --assistant de+f2:150:50 --init_from tiny` trains
+them for dialogues of your own, which runs/second_language.sh does.
 """
 import dataclasses
 import io
@@ -33,6 +36,7 @@ import os
 import random
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
@@ -55,6 +59,7 @@ from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE
 from omni.augment import CONDITIONS, augment
 from omni.checkpoint import load_whisper
 from omni.configure import configure, fail
+from omni.corpus import SPLITS, LeftOut, from_json, parse_turns, split_by_name
 from omni.espeak import ACCENTS, ASSISTANT, UNSEEN_ACCENT, draw_voice, plain, speak
 from omni.files import replace_folder
 from omni.judges import by_sphinx, language_model
@@ -80,6 +85,11 @@ class BackbonesConfig:
     people: tuple[str, ...] = ("flite/awb",)   # other voices that Whisper is measured on, see tiny/voices.py
     people_clips: int = 1500       # how many clips of people's voices to ship
     figures: int = 400             # held-out items that each figure of merit is measured on
+    texts: str | None = None       # dialogues as in config/data_text.py, instead of those of tiny/world.py
+    held_out: float = 0.005        # texts: as data.py was told
+    accents: tuple[str, ...] = tuple(ACCENTS)          # of espeak-ng's voices that ask: another language
+    assistant: str = ASSISTANT     # the voice that the codec speaks in
+    init_from: str | None = None   # a folder whose codec and Whisper to start from; their heads are new
     seed: int = 1337               # of the sentences, the voices and the initial weights
 
 
@@ -174,9 +184,31 @@ def speak_job(job):
     return speak(*job)
 
 
-def replies(rng, split, count):
+def source(cfg):
+    """Where dialogues come from: a function draw(rng, split) -> [turn, ...], of tiny/world.py or --texts."""
+    if cfg.texts is None:
+        return dialogue
+    found = {split: [] for split in SPLITS}
+    try:
+        with open(cfg.texts, encoding="utf-8") as file:
+            for number, line in enumerate(filter(str.strip, file)):
+                row = parse_turns(from_json(line), hear=False, table=False)
+                turns = [{"user": user, "assistant": reply, "spoken": reply, "topic": "all"}
+                         for user, reply in zip(row["users"], row["replies"])]
+                found[split_by_name(str(row["id"] or number), cfg.held_out)].append(turns)
+    except (OSError, ValueError) as e:
+        fail(f"--texts {cfg.texts} cannot be read ({e})")
+    except LeftOut as e:
+        fail(f"--texts {cfg.texts}, line {number + 1}: {': '.join(e.args)}")
+    for split, rows in found.items():
+        if not rows:
+            fail(f"--texts {cfg.texts} has no dialogues in the split {split}; raise --held_out")
+    return lambda rng, split: rng.choice(found[split])
+
+
+def replies(rng, split, count, draw=dialogue):
     """What the assistant says in `count` dialogues, with marks for how it is said."""
-    return [turn["spoken"] for _ in range(count) for turn in dialogue(rng, split)]
+    return [turn["spoken"] for _ in range(count) for turn in draw(rng, split)]
 
 
 # ---------------------------------------------------------------------------------------------------- codec
@@ -217,17 +249,23 @@ def labelled_clip(wav, events, names):
 
 
 def train_codec(cfg, rng):
-    texts = set()
-    while len(texts) < cfg.codec_sentences:
-        for turn in dialogue(rng, "train"):
+    texts, draw = set(), source(cfg)
+    for _ in range(100 * cfg.codec_sentences):        # a file may hold fewer sentences
+        if len(texts) >= cfg.codec_sentences:
+            break
+        for turn in draw(rng, "train"):
             texts.add(turn["spoken"])
             if turn["topic"] != "unclear":
                 texts.add(turn["user"])
-    spoken = run_all(speak_job, [(text, ASSISTANT, True) for text in sorted(texts)])
+    spoken = run_all(speak_job, [(text, cfg.assistant, True) for text in sorted(texts)])
     names = sorted({phoneme for _, events in spoken for _, phoneme in events})
     clips = [labelled_clip(wav, events, names) for wav, events in spoken]
     torch.manual_seed(cfg.seed)
     codec = NanoCodec(phonemes=names)
+    if cfg.init_from:                                 # all but the layer that names the phonemes
+        weights = NanoCodec.load(f"{cfg.init_from}/codec.pt").state_dict()
+        kept = {name: x for name, x in weights.items() if not name.startswith("recognise.2")}
+        codec.load_state_dict(codec.state_dict() | kept)
 
     def crop():
         """2 s of a random clip."""
@@ -261,14 +299,15 @@ def train_codec(cfg, rng):
 
     fit(cfg, "codec", codec, loss, cfg.codec_steps)
     codec.save(f"{cfg.out_dir}/codec.pt")
-    measure_codec(cfg, rng, codec)
+    if cfg.texts is None:                             # pocketsphinx judges it, and knows only English
+        measure_codec(cfg, rng, codec)
 
 
 def measure_codec(cfg, rng, codec):
     """Word error rates of an independent recognizer, on unseen replies and on what the codec returns."""
     spoken = replies(rng, "test", cfg.figures)[:cfg.figures]
     unseen = [plain(text) for text in spoken]
-    original = run_all(speak_job, [(text, ASSISTANT) for text in spoken])
+    original = run_all(speak_job, [(text, cfg.assistant) for text in spoken])
     decoded = [codec.decode(codec.encode(torch.from_numpy(wav))).numpy() for wav in original]
     with processes() as pool:
         for judge, bigram in (("bigram", True), ("word loop", False)):
@@ -329,21 +368,22 @@ def whisper_transcribe(model, tokenizer, mels, limit=40):
     return [text.split(tokenizer.eos_token)[0] for text in texts]
 
 
-def questions(rng, split, count, accents=ACCENTS):
+def questions(rng, split, count, accents=ACCENTS, draw=dialogue):
     """[(text, voice)]: what users ask in this world, in voices of espeak-ng. Only sentences that belong to
     the split themselves: not those that every split shares, nor those that are held out for their reply."""
     shared = {topic.__name__ for topic in SHARED}
     asked = []
     while len(asked) < count:
-        turns = [turn for turn in dialogue(rng, split) if turn["topic"] not in shared]
-        asked += [turn["user"] for turn in turns if split_of(turn["user"]) == split]
+        turns = [turn for turn in draw(rng, split) if turn["topic"] not in shared]
+        asked += [turn["user"] for turn in turns if draw != dialogue or split_of(turn["user"]) == split]
     return [(text, draw_voice(rng, split, accents)) for text in asked[:count]]
 
 
-def clips_to_hear(rng, count, people):
-    """[(text, voice)] that Whisper learns from: questions, replies, words in any order, English of other
-    worlds, and sounds, whose text is empty. people: share of the voices made from recordings of people."""
-    turns = [turn for _ in range(6000) for turn in dialogue(rng, "train") if turn["topic"] != "unclear"]
+def clips_to_hear(rng, count, people, accents=ACCENTS, draw=dialogue):
+    """[(text, voice)] that Whisper learns from: questions, replies, words in any order, sounds, whose text is
+    empty, and English of other worlds if this is English. people: share of the voices made from recordings of
+    people."""
+    turns = [turn for _ in range(6000) for turn in draw(rng, "train") if turn["topic"] != "unclear"]
     known = [word for turn in turns for word in turn["user"].strip(".?").replace(",", "").split()]
     jobs = []
     while len(jobs) < count:
@@ -361,21 +401,23 @@ def clips_to_hear(rng, count, people):
             voice = voice_of(rng, text, "train")
         if voice and voice.startswith("sound/"):
             text = ""
-        elif voice:
+        elif voice or draw != dialogue and kind == "unclear":
             continue                                  # other languages have other letters
-        if not voice:
-            voice = voices.draw_voice(rng, "train") if rng.random() < people else draw_voice(rng, "train")
+        if not voice and rng.random() < people:
+            voice = voices.draw_voice(rng, "train")
+        elif not voice:
+            voice = draw_voice(rng, "train", accents)
         jobs.append((text, voice))
     return jobs
 
 
 def letters_of(text):
-    """A text as classes for CTC: 1 to 26 for the letters, 27 for a space."""
+    """A text as classes for CTC: 1 to 26 for the letters, without accents and dots, 27 for a space."""
     letters = []
-    for c in text.lower():
+    for c in unicodedata.normalize("NFKD", text.lower().replace("ß", "ss")):
         if c == " ":
             letters.append(27)
-        elif c.isalpha():
+        elif "a" <= c <= "z":
             letters.append(1 + ord(c) - ord("a"))
     return letters
 
@@ -411,7 +453,7 @@ def train_whisper(cfg, tokenizer):
     What is said must get through, and nothing else is worth the energy, so the states say little about the
     voice."""
     rng = random.Random(f"{cfg.seed} whisper {RANK}")
-    jobs = clips_to_hear(rng, cfg.whisper_clips // PROCESSES, cfg.whisper_people)
+    jobs = clips_to_hear(rng, cfg.whisper_clips // PROCESSES, cfg.whisper_people, cfg.accents, source(cfg))
     clips = hear_all(jobs, f"{cfg.seed} {RANK}")
     end = tokenizer.eos_token_id
     tokens = [torch.tensor([end, *tokenizer(text)["input_ids"], end]) for text, _ in clips]
@@ -426,6 +468,8 @@ def train_whisper(cfg, tokenizer):
     nn.init.normal_(model.decoder.positional_embedding, std=0.02)
     nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)
     model.encoder = SpeechEncoder(80, 1500, D, D // 64, layers)
+    if cfg.init_from:
+        model.encoder.load_state_dict(load_whisper(f"{cfg.init_from}/whisper.pt").state_dict())
     model.ctc = nn.ModuleDict({"letters": nn.Linear(D, 28), "tokens": nn.Linear(D, blank + 1)})
     torch.manual_seed(cfg.seed + RANK)                # of the noise
     batches = bucketed(rng, [mel.shape[1] for _, mel in clips], 64 // PROCESSES)
@@ -462,6 +506,8 @@ def train_whisper(cfg, tokenizer):
 def measure_whisper(cfg, model, tokenizer):
     """Word error rates on unseen sentences: in unseen voices of espeak-ng, clean and under each condition of
     omni/augment.py, in an accent that it never heard, and in voices made from recordings of people."""
+    if cfg.texts:
+        return measure_texts(cfg, model, tokenizer)
     rng = random.Random(cfg.seed)
     asked = questions(rng, "test", cfg.figures)
     tests = {"unseen sentences and voices": (asked, None),
@@ -483,6 +529,24 @@ def measure_whisper(cfg, model, tokenizer):
         for i in range(0, len(jobs), 50):
             mels = list(itertools.islice(heard, min(50, len(jobs) - i)))
             texts += whisper_transcribe(model, tokenizer, mels)
+        log(cfg, f"whisper: WER on {name}: {100 * word_error_rate([text for text, _ in jobs], texts):.1f} %")
+
+
+def measure_texts(cfg, model, tokenizer):
+    """The same of --texts: on unseen questions in unseen voices, on unseen replies in the assistant's voice,
+    and on what the codec makes of these, which is also how the codec is measured."""
+    rng, draw = random.Random(cfg.seed), source(cfg)
+    codec = NanoCodec.load(f"{cfg.out_dir}/codec.pt")
+    asked = questions(rng, "test", cfg.figures, cfg.accents, draw)
+    said = [(text, cfg.assistant) for text in replies(rng, "test", cfg.figures, draw)]
+    wavs = run_all(speak_job, asked + said)
+    original = wavs[len(asked):]
+    decoded = [codec.decode(codec.encode(torch.from_numpy(wav))).numpy() for wav in original]
+    for name, jobs, clips in (("unseen questions and voices", asked, wavs[:len(asked)]),
+                              ("unseen replies", said, original), ("... after the codec", said, decoded)):
+        texts = []
+        for i in range(0, len(clips), 50):
+            texts += whisper_transcribe(model, tokenizer, [log_mel(wav) for wav in clips[i:i + 50]])
         log(cfg, f"whisper: WER on {name}: {100 * word_error_rate([text for text, _ in jobs], texts):.1f} %")
 
 
@@ -580,7 +644,8 @@ def train_qwen2(cfg, rng):
     """A language model that has read only this world's sentences, words side by side, is lost where words
     come with gaps between them, as from the adapter of stage 1; a large one has read so much that it is not.
     So two dialogues in three are `heard`, through noise of up to the embeddings' own strength."""
-    drawn = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
+    draw = source(cfg)
+    drawn = [draw(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
     tokenizer = make_tokenizer([turn[who] for d in drawn for turn in d for who in ("user", "assistant")])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     data = [labelled_dialogue(rng, tokenizer, d, rng.random() < 0.67) for d in drawn]
@@ -616,12 +681,12 @@ def train_qwen2(cfg, rng):
 def measure_qwen2(cfg, model, tokenizer):
     """How many unseen questions are answered exactly, by topic, when the last turn of a dialogue is asked:
     typed, and as `heard`."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end, draw = tokenizer.convert_tokens_to_ids("<|im_end|>"), source(cfg)
     for how in ("typed", "heard"):
         rng = random.Random(cfg.seed)
         right, count = Counter(), Counter()
         for _ in range(cfg.figures):
-            turns = dialogue(rng, "test")
+            turns = draw(rng, "test")
             rows = labelled_dialogue(random.Random(cfg.seed), tokenizer, turns, how == "heard")
             reply = tokenizer(turns[-1]["assistant"])["input_ids"]
             prompt = rows[:len(rows) - len(reply) - 2]           # without `<|im_end|>` and the newline
