@@ -76,6 +76,7 @@ class EvalConfig:
     voice: str | None = None           # CosyVoice 2: whose voice, see sample.py
     recognizer: str = ""               # pocketsphinx, whisper:NAME_OR_FILE, or nano:FOLDER of backbones of
                                        # another language; none: pocketsphinx for tiny, else whisper:large-v3
+    language: str = "en"               # which Whisper hears, such as de
     llm: str | None = None             # text model that training started from; none: tiny/qwen2 for tiny
     utmos: str | None = None           # the TorchScript file of UTMOS, which rates naturalness
     judge: str | None = None           # address of an OpenAI-compatible endpoint that scores 1 to 5 ...
@@ -294,7 +295,7 @@ def hear_all(cfg, turns, kept, pool, device, replies=None, voice=None):
     originals = {text: original(text, voice) for text in texts}       # in order: what espeak-ng says depends
     if name.startswith("whisper"):
         size = name.partition(":")[2] or "large-v3"
-        judges = {"heard": (name, lambda wavs: by_whisper(wavs, size, device))}
+        judges = {"heard": (name, lambda wavs: by_whisper(wavs, size, device, cfg.language))}
     elif name.startswith("nano:"):
         from tiny.judge import by_nano
         judges = {"heard": (name, lambda wavs: by_nano(wavs, name.removeprefix("nano:")))}

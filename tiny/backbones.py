@@ -55,7 +55,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import IGNORE, SpeechEncoder
-from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE
+from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE, read_audio
 from omni.augment import CONDITIONS, augment
 from omni.checkpoint import load_whisper
 from omni.configure import configure, fail
@@ -66,7 +66,7 @@ from omni.judges import by_sphinx, language_model
 from omni.packing import round_up
 from omni.score import word_error_rate
 from tiny import voices
-from tiny.codec import NanoCodec
+from tiny.codec import FSQ, NanoCodec
 from tiny.unclear import draw_unclear, voice_of
 from tiny.world import SHARED, dialogue, dialogues, split_of
 
@@ -74,7 +74,9 @@ from tiny.world import SHARED, dialogue, dialogues, split_of
 @dataclass(frozen=True)
 class BackbonesConfig:
     out_dir: str = "tiny"          # where the three backbones go
-    parts: tuple[str, ...] = ("qwen2", "codec", "whisper", "people")   # which to make; hearing: Whisper again
+    parts: tuple[str, ...] = ("qwen2", "codec", "whisper", "people")   # which to make, or one of
+                                   # hearing (measure Whisper), voice (the codec's decoder, on --recordings)
+    recordings: str | None = None  # voice: a folder of recordings of one speaker
     qwen2_dialogues: int = 100000  # how many dialogues Qwen2 reads
     qwen2_steps: int = 4000        # steps of 64 dialogues
     codec_sentences: int = 5000    # how many different sentences the codec hears, in the assistant's voice
@@ -248,6 +250,66 @@ def labelled_clip(wav, events, names):
     return wav, label, *pitch(wav)
 
 
+def draw_crops(rng, clips):
+    """32 crops of 2 s of random clips -> their columns, each (32, ...). A clip is a list of columns, its
+    waveform first; the others have one value a frame, or one a unit."""
+    crops = []
+    for _ in range(32):
+        clip = clips[rng.randrange(len(clips))]
+        units = len(clip[0]) // UNIT
+        start = rng.randint(0, units - CROP)
+        rates = [len(column) // units for column in clip]             # values a unit
+        crops.append([column[start * n:(start + CROP) * n] for column, n in zip(clip, rates)])
+    return [torch.stack(column) for column in zip(*crops)]
+
+
+def decoder_losses(codec, codes, wav, f0, strength):
+    """How far the decoder is from the recordings. codes (B, U, 8), wav (B, 640 U); f0 and strength, as
+    `pitch` has them, (B, 4 U)."""
+    def log_power(power):
+        return torch.log(power + 1e-5)
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        target = codec.stft(wav).abs()
+        pulse_in = codec.stft(codec.pulses(f0)).abs()
+        noise_in = codec.window.square().sum().sqrt()
+    f0_hat, pulse, noise = codec.render(codes)
+    power = (pulse_in * pulse.exp()) ** 2 + (noise_in * noise.exp()) ** 2
+    voiced = strength > 0.6
+    bands = codec.curve.T                             # (257, bands)
+    return {"spectrum": (log_power(power) - log_power(target ** 2)).abs().mean() * 0.5,
+            "envelope": (log_power(power @ bands) - log_power(target ** 2 @ bands)).abs().mean(),
+            "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
+
+
+def train_voice(cfg, rng):
+    """The shipped codec with another voice: its decoder anew, on --recordings. Tokenizer and units stay as
+    they are, and so does every speech LM that writes these units."""
+    codec = NanoCodec.load(f"{cfg.init_from or 'tiny'}/codec.pt")
+    for part in (codec.stem, codec.encoder, codec.fsq, codec.recognise):
+        part.requires_grad_(False)
+    clips, seconds = [], 0
+    try:
+        for name in sorted(os.listdir(cfg.recordings)):
+            wav = read_audio(f"{cfg.recordings}/{name}").numpy()
+            wav = 0.13 * wav / max(1e-4, np.sqrt(np.mean(wav ** 2)))  # loud as espeak-ng
+            seconds += len(wav) / SAMPLE_RATE
+            wav, _, *melody = labelled_clip(wav, [(0.0, None)], [None])
+            clips.append((wav, FSQ.to_codes(codec.encode(wav)), *melody))
+    except (OSError, ValueError) as e:
+        fail(f"--recordings {cfg.recordings}: {e}; give a folder that holds nothing but recordings")
+    if not clips:
+        fail(f"--recordings {cfg.recordings} is empty")
+    log(cfg, f"voice: {len(clips)} recordings, {seconds / 60:.1f} minutes")
+
+    def loss():
+        wav, codes, *melody = draw_crops(rng, clips)
+        return decoder_losses(codec, codes, wav, *melody)
+
+    fit(cfg, "voice", codec, loss, cfg.codec_steps)
+    codec.save(f"{cfg.out_dir}/codec.pt")
+
+
 def train_codec(cfg, rng):
     texts, draw = set(), source(cfg)
     for _ in range(100 * cfg.codec_sentences):        # a file may hold fewer sentences
@@ -267,35 +329,15 @@ def train_codec(cfg, rng):
         kept = {name: x for name, x in weights.items() if not name.startswith("recognise.2")}
         codec.load_state_dict(codec.state_dict() | kept)
 
-    def crop():
-        """2 s of a random clip."""
-        wav, label, f0, strength = clips[rng.randrange(len(clips))]
-        start = rng.randint(0, len(wav) // UNIT - CROP)
-        samples = slice(start * UNIT, (start + CROP) * UNIT)
-        frames = slice(start * codec.frames, (start + CROP) * codec.frames)
-        return wav[samples], label[frames], f0[frames], strength[frames] > 0.6
-
-    def log_power(power):
-        return torch.log(power + 1e-5)
-
     def loss():
-        crops = [crop() for _ in range(32)]
-        wav, label, f0, voiced = (torch.stack(column) for column in zip(*crops))
+        wav, label, *melody = draw_crops(rng, clips)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             mel = codec.log_mel(wav)
-            target = codec.stft(wav).abs()
-            pulse_in = codec.stft(codec.pulses(f0)).abs()
-            noise_in = codec.window.square().sum().sqrt()
         codes = codec.tokenize(mel)
         phoneme = codec.recognise(codes).unflatten(-1, (codec.frames, -1)).flatten(1, 2)
         # the decoder does not train the tokenizer: its units serve the recognizer only, see project.md
-        f0_hat, pulse, noise = codec.render(codes.detach())
-        power = (pulse_in * pulse.exp()) ** 2 + (noise_in * noise.exp()) ** 2
-        bands = codec.curve.T                         # (257, bands)
         return {"phoneme": F.cross_entropy(phoneme.float().transpose(1, 2), label),
-                "spectrum": (log_power(power) - log_power(target ** 2)).abs().mean() * 0.5,
-                "envelope": (log_power(power @ bands) - log_power(target ** 2 @ bands)).abs().mean(),
-                "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
+                **decoder_losses(codec, codes.detach(), wav, *melody)}
 
     fit(cfg, "codec", codec, loss, cfg.codec_steps)
     codec.save(f"{cfg.out_dir}/codec.pt")
@@ -715,7 +757,12 @@ def main():
         measure_whisper(cfg, model, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
         return
     lines = voices.missing(voices.VOICES["train"])
-    files = {"qwen2": "qwen2", "codec": "codec.pt", "whisper": "whisper.pt", "people": "people.parquet"}
+    files = {"qwen2": "qwen2", "codec": "codec.pt", "voice": "codec.pt", "whisper": "whisper.pt",
+             "people": "people.parquet"}
+    if set(cfg.parts) - files.keys():
+        fail(f"--parts {','.join(cfg.parts)}: known are {', '.join(files)}, and hearing alone")
+    if ("voice" in cfg.parts) != (cfg.recordings is not None):
+        fail("--parts voice and --recordings, a folder, belong together; give both or none")
     new = {part for part in cfg.parts if not os.path.exists(f"{cfg.out_dir}/{files[part]}")}
     if lines and ("people" in new or "whisper" in new and cfg.whisper_people):    # better now than later
         fail(f"synthesizers that Whisper is to hear are not installed ({'; '.join(lines)}); install them, or "
@@ -732,6 +779,8 @@ def main():
             train_qwen2(cfg, rng)
         elif part == "codec":
             train_codec(cfg, rng)
+        elif part == "voice":
+            train_voice(cfg, rng)
         elif part == "people":
             make_people(cfg, rng)
         else:
