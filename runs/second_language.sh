@@ -14,11 +14,10 @@ voice=de+f2:155:50                     # of the replies: language+variant:words/
 texts=corpus/german.jsonl              # your dialogues, as config/data_text.py describes them
 held_out=0.04                          # share of them for validation, and as much for test
 at=out/german                          # the new backbones
+TIMEFORMAT="=== took %0R s, %0U s of one core"
 step() {                               # step "what and why" command...
-    local start=$SECONDS
     printf '\n=== %s\n    $ %s\n' "$1" "${*:2}"
-    "${@:2}"
-    printf '=== took %d s\n' $((SECONDS - start))
+    time "${@:2}"
 }
 train() { torchrun --nproc_per_node $processes train.py "$@" --corpus corpus/german; }
 backbones="--texts $texts --held_out $held_out --accents $language --assistant $voice --out_dir $at"

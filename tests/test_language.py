@@ -18,7 +18,7 @@ from data import DataConfig
 from omni.audio import SAMPLE_RATE
 from omni.configure import read_file
 from omni.corpus import build, clean_text, draw_user, from_json, load_corpus, parse, split_by_name
-from omni.espeak import ACCENTS, VARIANTS, speak
+from omni.espeak import ACCENTS, ASSISTANT, VARIANTS, speak
 from tiny import backbones
 from tiny.backbones import letters_of
 from tiny.codec import NanoCodec
@@ -117,21 +117,35 @@ def test_the_judge_of_a_language(german):
     assert len(heard) == 2 and isinstance(heard[0], str) and heard[1] == ""
 
 
-def test_another_voice(german, tmp_path):
+def test_another_voice(tmp_path):
     """--parts voice trains the decoder: units of a sound stay, its sound changes."""
     os.makedirs(tmp_path / "recordings")
     wav = speak("The sky is blue, and the grass is green.", "en-us+f2:150:60")
     soundfile.write(tmp_path / "recordings/a.wav", wav, SAMPLE_RATE)
+    line = {"speech": "a.wav", "text": "The sky is blue, and the grass is green."}
+    (tmp_path / "recordings/all.jsonl").write_text(json.dumps(line) + "\n")
     run(sys.executable, "tiny/backbones.py", "--out_dir", tmp_path, "--parts", "voice", "--codec_steps", 3,
-        "--recordings", tmp_path / "recordings")
+        "--recordings", tmp_path / "recordings/all.jsonl")
     before, after = NanoCodec.load(TINY / "codec.pt"), NanoCodec.load(tmp_path / "codec.pt")
     units = before.encode(torch.from_numpy(wav))
     assert torch.equal(after.encode(torch.from_numpy(wav)), units)
     assert not torch.allclose(before.decode(units), after.decode(units), atol=1e-3)
 
 
+def test_units_in_the_time_of_a_recording():
+    """The assistant's own recording, with a second of silence before it, has the assistant's units, a second
+    later."""
+    codec = NanoCodec.load(TINY / "codec.pt")
+    wav = torch.from_numpy(speak("Rome is the capital of Italy.", ASSISTANT))
+    wav = torch.nn.functional.pad(wav, (0, -len(wav) % 640))
+    later = torch.cat([0.0001 * torch.randn(SAMPLE_RATE), wav])
+    units = backbones.in_time(codec, wav, later)
+    assert len(units) == len(later) // 640
+    assert (units[27:] == codec.encode(wav)[2:]).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("arguments,message", [
-    (["--texts", "nowhere.jsonl"], "--texts nowhere.jsonl cannot be read"),
+    (["--parts", "codec", "--texts", "nowhere.jsonl"], "--texts nowhere.jsonl cannot be read"),
     (["--parts", "voice"], "--parts voice and --recordings"),
     (["--parts", "ears"], "--parts ears: known are"),
     (["--parts", "voice", "--recordings", "nowhere"], "--recordings nowhere")])

@@ -31,6 +31,7 @@ them for dialogues of your own, which runs/second_language.sh does.
 import dataclasses
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -40,6 +41,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
+import librosa
 import numpy as np
 import pyarrow.parquet
 import soundfile
@@ -76,7 +78,7 @@ class BackbonesConfig:
     out_dir: str = "tiny"          # where the three backbones go
     parts: tuple[str, ...] = ("qwen2", "codec", "whisper", "people")   # which to make, or one of
                                    # hearing (measure Whisper), voice (the codec's decoder, on --recordings)
-    recordings: str | None = None  # voice: a folder of recordings of one speaker
+    recordings: str | None = None  # voice: JSONL of one speaker's recordings and their texts
     qwen2_dialogues: int = 100000  # how many dialogues Qwen2 reads
     qwen2_steps: int = 4000        # steps of 64 dialogues
     codec_sentences: int = 5000    # how many different sentences the codec hears, in the assistant's voice
@@ -282,25 +284,57 @@ def decoder_losses(codec, codes, wav, f0, strength):
             "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
 
 
+def read_recordings(path):
+    """The lines of a JSONL file {"speech": a path beside the file, "text": what is said} -> [(wav (samples,)
+    at 16 kHz, text)]. fail() names what cannot be read."""
+    found = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                row = json.loads(line)
+                wav = read_audio(os.path.join(os.path.dirname(path), row["speech"])).numpy()
+                found.append((wav, row["text"]))
+    except KeyError as e:
+        fail(f"--recordings {path}: a line has no {e}")
+    except (OSError, ValueError, TypeError) as e:
+        fail(f"--recordings {path}: {e}; give a JSONL file of lines with speech and text")
+    if not found:
+        fail(f"--recordings {path} is empty")
+    return found
+
+
+def in_time(codec, assistant, wav):
+    """The units of the assistant's speech, slowed and hurried as `wav` says the same. Both (samples,) at 16
+    kHz -> (U,), U = samples of wav / 640. Dynamic time warping finds which of its frames is which of ours."""
+    def cepstrum(wav):
+        x = librosa.feature.mfcc(S=whisper.log_mel_spectrogram(wav, 80).numpy(), n_mfcc=13)
+        return (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+
+    _, path = librosa.sequence.dtw(cepstrum(wav), cepstrum(assistant))
+    theirs = np.zeros(len(wav) // NanoCodec.hop, int)
+    theirs[path[:, 0]] = path[:, 1]                   # frame of ours -> frame of theirs
+    units = codec.encode(assistant)
+    return units[torch.from_numpy(theirs[2::4] // 4).clamp(max=len(units) - 1)]
+
+
 def train_voice(cfg, rng):
     """The shipped codec with another voice: its decoder anew, on --recordings. Tokenizer and units stay as
-    they are, and so does every speech LM that writes these units."""
+    they are, and so does every speech LM that writes these units.
+
+    The tokenizer knows one voice, and hears another one wrongly. So the units of a recording are those of the
+    assistant who says the same, in the recording's time."""
     codec = NanoCodec.load(f"{cfg.init_from or 'tiny'}/codec.pt")
     for part in (codec.stem, codec.encoder, codec.fsq, codec.recognise):
         part.requires_grad_(False)
-    clips, seconds = [], 0
-    try:
-        for name in sorted(os.listdir(cfg.recordings)):
-            wav = read_audio(f"{cfg.recordings}/{name}").numpy()
-            wav = 0.13 * wav / max(1e-4, np.sqrt(np.mean(wav ** 2)))  # loud as espeak-ng
-            seconds += len(wav) / SAMPLE_RATE
-            wav, _, *melody = labelled_clip(wav, [(0.0, None)], [None])
-            clips.append((wav, FSQ.to_codes(codec.encode(wav)), *melody))
-    except (OSError, ValueError) as e:
-        fail(f"--recordings {cfg.recordings}: {e}; give a folder that holds nothing but recordings")
-    if not clips:
-        fail(f"--recordings {cfg.recordings} is empty")
-    log(cfg, f"voice: {len(clips)} recordings, {seconds / 60:.1f} minutes")
+    recordings = read_recordings(cfg.recordings)
+    clips = []
+    for wav, text in recordings:
+        wav = 0.13 * wav / max(1e-4, np.sqrt(np.mean(wav ** 2)))      # as loud as espeak-ng
+        wav, _, *melody = labelled_clip(wav, [(0.0, None)], [None])
+        units = in_time(codec, torch.from_numpy(speak(text, cfg.assistant)), wav)
+        clips.append((wav, FSQ.to_codes(units), *melody))
+    minutes = sum(len(wav) for wav, _ in recordings) / SAMPLE_RATE / 60
+    log(cfg, f"voice: {len(clips)} recordings, {minutes:.1f} minutes")
 
     def loss():
         wav, codes, *melody = draw_crops(rng, clips)
@@ -762,7 +796,7 @@ def main():
     if set(cfg.parts) - files.keys():
         fail(f"--parts {','.join(cfg.parts)}: known are {', '.join(files)}, and hearing alone")
     if ("voice" in cfg.parts) != (cfg.recordings is not None):
-        fail("--parts voice and --recordings, a folder, belong together; give both or none")
+        fail("--parts voice and --recordings, a JSONL file, belong together; give both or none")
     new = {part for part in cfg.parts if not os.path.exists(f"{cfg.out_dir}/{files[part]}")}
     if lines and ("people" in new or "whisper" in new and cfg.whisper_people):    # better now than later
         fail(f"synthesizers that Whisper is to hear are not installed ({'; '.join(lines)}); install them, or "
