@@ -77,13 +77,13 @@ def test_letters():
 
 @pytest.fixture(scope="module")
 def german(tmp_path_factory):
-    """A folder with 200 German dialogues, and backbones that were trained on them for a moment."""
+    """A folder with 158 German dialogues, and backbones that were trained on them for a moment."""
     at = tmp_path_factory.mktemp("german")
-    run(sys.executable, "-m", "tiny.german", "--path", at / "german.jsonl", "--share", 0.06)
+    run(sys.executable, "-m", "tiny.german", "--path", at / "german.jsonl", "--share", 0.03)
     run(sys.executable, "tiny/backbones.py", "--out_dir", at, "--texts", at / "german.jsonl",
         "--held_out", 0.1, "--accents", "de", "--assistant", "de+f2:155:50", "--init_from", "tiny",
         "--figures", 4, "--parts", "qwen2,codec,whisper", "--qwen2_dialogues", 300, "--qwen2_steps", 3,
-        "--codec_sentences", 1000, "--codec_steps", 2, "--whisper_clips", 80, "--whisper_steps", 3,
+        "--codec_sentences", 1000, "--codec_steps", 2, "--whisper_clips", 64, "--whisper_steps", 3,
         "--whisper_people", 0)
     return at
 
