@@ -52,7 +52,7 @@ class DataConfig:
     columns: tuple[str, ...] = ()      # hub: which column is what, as in users=question,replies=answer
     audio_root: str | None = None      # the folder of the recordings; without it instructs2s gets no speech
     tts: str | None = None             # command: says stdin or {text} into {wav}, in {voice}; none: espeak-ng
-    voices: tuple[str, ...] = ()       # text, tiny: the users', one a dialogue; none: those of omni/espeak.py
+    voices: tuple[str, ...] = ()       # text, tiny: the users'; text: or a language, as de; none: English
     assistant: str = ASSISTANT         # the voice of the replies
     held_out: float = 0.005            # all but tiny: share of dialogues for validation, and as much for test
     limit: int = 0                     # all but tiny: stop after so many dialogues; 0: never

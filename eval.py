@@ -76,8 +76,9 @@ class EvalConfig:
     topics: tuple[str, ...] = ()       # set tiny: judge only turns of these, in dialogues that have some
     codec: str = "tiny/codec.pt"       # units -> waveform: a file, or CosyVoice 2's folder
     voice: str | None = None           # CosyVoice 2: whose voice, see sample.py
-    recognizer: str = ""               # pocketsphinx, or whisper:NAME_OR_FILE; none: pocketsphinx for tiny,
-                                       # whisper:large-v3 for others
+    recognizer: str = ""               # pocketsphinx, whisper:NAME_OR_FILE, or nano:FOLDER of backbones of
+                                       # another language; none: pocketsphinx for tiny, else whisper:large-v3
+    language: str = "en"               # which Whisper hears, such as de
     llm: str | None = None             # text model that training started from; none: tiny/qwen2 for tiny
     utmos: str | None = None           # the TorchScript file of UTMOS, which rates naturalness
     judge: str | None = None           # address of an OpenAI-compatible endpoint that scores 1 to 5 ...
@@ -100,8 +101,9 @@ class EvalConfig:
             raise ValueError("dialogues and keep must be 0 or more, batch at least 1")
         if len(self.compare) not in (0, 2):
             raise ValueError("compare takes two folders, as in --compare out/a,out/b")
-        if self.recognizer.partition(":")[0] not in ("", "pocketsphinx", "whisper"):
-            raise ValueError(f"recognizer {self.recognizer} is neither pocketsphinx nor whisper:NAME_OR_FILE")
+        if self.recognizer.partition(":")[0] not in ("", "pocketsphinx", "whisper", "nano"):
+            raise ValueError(f"recognizer {self.recognizer} is neither pocketsphinx nor whisper:NAME_OR_FILE "
+                             "nor nano:FOLDER")
 
 
 # -------------------------------------------------------------------------------------------------- questions
@@ -295,7 +297,10 @@ def hear_all(cfg, turns, kept, pool, device, replies=None, voice=None):
     originals = {text: original(text, voice) for text in texts}       # in order: what espeak-ng says depends
     if name.startswith("whisper"):
         size = name.partition(":")[2] or "large-v3"
-        judges = {"heard": (name, lambda wavs: by_whisper(wavs, size, device))}
+        judges = {"heard": (name, lambda wavs: by_whisper(wavs, size, device, cfg.language))}
+    elif name.startswith("nano:"):
+        from tiny.judge import by_nano
+        judges = {"heard": (name, lambda wavs: by_nano(wavs, name.removeprefix("nano:")))}
     elif replies:
         judges = {}
         for judge, bigram in JUDGES.items():
@@ -496,13 +501,13 @@ def find_originals(cfg):
     made = read_json(cfg.corpus, "meta.json") if cfg.set == "tiny" else {}
     if made.get("source") == "tiny":
         llm = llm or "tiny/qwen2"
-        if made["tts"] is None:
-            voice = made["assistant"]
+    if made.get("source") in ("tiny", "text") and made["tts"] is None:
+        voice = made["assistant"]
     if llm is None:
         print("typed_before is left out: name the text model that training started from with --llm")
     if voice is None and cfg.set == "tiny" and not cfg.text:
         print(f"the original synthesizer's WER and S2S are left out: the replies of {cfg.corpus} are not "
-              "espeak-ng's in the embedded world")
+              "espeak-ng's")
     return llm and checkpoint.local_or_hub(llm), voice
 
 

@@ -6,6 +6,8 @@ piper with voices from huggingface.co/rhasspy/piper-voices. It runs once per tur
 the text on stdin or in place of {text}:
     python data.py config/data_text.py --tts "piper --model {voice}.onnx --output_file {wav}" \
         --voices en_US-amy-low,en_US-ryan-low --assistant en_US-lessac-medium
+Another language of espeak-ng: --voices de (all its voices) --assistant de+f2:155:50; see
+reference/your_data.md.
 Cost: the synthesizer's. With espeak-ng and the nano codec, 50 s of one core (AMD EPYC, Zen 5) and 0.35 GB of
 disk per 1,000 dialogues of 2.1 turns, with 17 words per question and 32 per reply.
 

@@ -38,7 +38,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import datasets
@@ -52,7 +52,7 @@ from omni.audio import SAMPLE_RATE, UNIT_RATE, UNIT_VOCAB, read_audio, read_audi
 from omni.augment import CONDITIONS, augment
 from omni.codec import load_encoder
 from omni.configure import did_you_mean, fail
-from omni.espeak import draw_voice, plain, speak
+from omni.espeak import ACCENTS, draw_voice, plain, speak
 from omni.files import read_json, replace_file, replace_folder, sha256
 
 SOURCES = ("tiny", "instructs2s", "folder", "text", "vocalnet", "slam", "hub")
@@ -374,6 +374,16 @@ def split_by_name(name, held_out):
     return "train"
 
 
+def draw_user(cfg, rng, split):
+    """The voice of a dialogue's user, one of --voices. A name without numbers, such as "de", is a language or
+    accent of espeak-ng, and stands for all voices of the split; so do its English accents if none is given.
+    """
+    voice = rng.choice(cfg.voices) if cfg.voices else None
+    if voice and (cfg.tts or ":" in voice):
+        return voice
+    return draw_voice(rng, split, [voice] if voice else ACCENTS)
+
+
 def make_row(cfg, encode, number, record):
     """Record `number` of the source -> (split, row of the corpus). Raises LeftOut.
 
@@ -390,8 +400,7 @@ def make_row(cfg, encode, number, record):
     voice = turns.get("voice", "")
     read_aloud = cfg.source in ("tiny", "text") or cfg.source in ("slam", "hub") and not turns["speech"]
     if read_aloud and cfg.source != "tiny":
-        rng = random.Random(f"{cfg.seed} {name}")
-        voice = rng.choice(cfg.voices) if cfg.voices else draw_voice(rng, split)
+        voice = draw_user(cfg, random.Random(f"{cfg.seed} {name}"), split)
 
     speech, samples = [], []                          # they stay empty for a released JSON without recordings
     if read_aloud:
@@ -571,6 +580,8 @@ def try_tools(cfg):
             fail(e)
     if cfg.source not in WITH_UNITS:
         for voice in (*cfg.voices, cfg.assistant):
+            if cfg.source != "tiny":                  # a language stands for many voices: try one
+                voice = draw_user(replace(cfg, voices=(voice,)), random.Random(0), "train")
             try:
                 synthesize(cfg, "Hello.", voice)
             except LeftOut as e:

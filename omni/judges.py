@@ -108,12 +108,12 @@ def by_sphinx(pool, wavs, arpa=None):
     yield from pool.imap(transcribe, ((wav, arpa) for wav in wavs), chunksize=8)
 
 
-def by_whisper(wavs, name, device):
+def by_whisper(wavs, name, device, language="en"):
     """The same by Whisper, greedy. name: a size, or a file. Raises RuntimeError or OSError."""
     model = whisper.load_model(name, device)
     for wav in wavs:
         if len(wav):
-            options = {"language": "en", "temperature": 0.0, "fp16": str(device) != "cpu"}
+            options = {"language": language, "temperature": 0.0, "fp16": str(device) != "cpu"}
             yield model.transcribe(np.asarray(wav, np.float32), **options)["text"].strip()
         else:
             yield ""

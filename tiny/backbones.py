@@ -24,18 +24,24 @@ faster than AdamW alone.
 Whisper also hears voices that were made from recordings of people (tiny/voices.py); their synthesizers have
 to be installed, and it says which are missing. On CPU two processes with a thread each train almost twice as
 fast as one with two threads: `torchrun --nproc_per_node 2 tiny/backbones.py --parts whisper`.
+
+In another language: `--texts dialogues.jsonl --accents de --assistant de+f2:150:50 --init_from tiny` trains
+them for dialogues of your own, which runs/second_language.sh does.
 """
 import dataclasses
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import random
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
+import librosa
 import numpy as np
 import pyarrow.parquet
 import soundfile
@@ -51,17 +57,18 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import IGNORE, SpeechEncoder
-from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE
+from omni.audio import DOWNSAMPLE, MEL_RATE, SAMPLE_RATE, read_audio
 from omni.augment import CONDITIONS, augment
 from omni.checkpoint import load_whisper
 from omni.configure import configure, fail
+from omni.corpus import SPLITS, LeftOut, from_json, parse_turns, split_by_name
 from omni.espeak import ACCENTS, ASSISTANT, UNSEEN_ACCENT, draw_voice, plain, speak
 from omni.files import replace_folder
 from omni.judges import by_sphinx, language_model
 from omni.packing import round_up
 from omni.score import word_error_rate
 from tiny import voices
-from tiny.codec import NanoCodec
+from tiny.codec import FSQ, NanoCodec
 from tiny.unclear import draw_unclear, voice_of
 from tiny.world import SHARED, dialogue, dialogues, split_of
 
@@ -69,7 +76,9 @@ from tiny.world import SHARED, dialogue, dialogues, split_of
 @dataclass(frozen=True)
 class BackbonesConfig:
     out_dir: str = "tiny"          # where the three backbones go
-    parts: tuple[str, ...] = ("qwen2", "codec", "whisper", "people")   # which to make; hearing: Whisper again
+    parts: tuple[str, ...] = ("qwen2", "codec", "whisper", "people")   # which to make, or one of
+                                   # hearing (measure Whisper), voice (the codec's decoder, on --recordings)
+    recordings: str | None = None  # voice: JSONL of one speaker's recordings and their texts
     qwen2_dialogues: int = 100000  # how many dialogues Qwen2 reads
     qwen2_steps: int = 4000        # steps of 64 dialogues
     codec_sentences: int = 5000    # how many different sentences the codec hears, in the assistant's voice
@@ -80,6 +89,11 @@ class BackbonesConfig:
     people: tuple[str, ...] = ("flite/awb",)   # other voices that Whisper is measured on, see tiny/voices.py
     people_clips: int = 1500       # how many clips of people's voices to ship
     figures: int = 400             # held-out items that each figure of merit is measured on
+    texts: str | None = None       # dialogues as in config/data_text.py, instead of those of tiny/world.py
+    held_out: float = 0.005        # texts: as data.py was told
+    accents: tuple[str, ...] = tuple(ACCENTS)          # of espeak-ng's voices that ask: another language
+    assistant: str = ASSISTANT     # the voice that the codec speaks in
+    init_from: str | None = None   # a folder whose codec and Whisper to start from; their heads are new
     seed: int = 1337               # of the sentences, the voices and the initial weights
 
 
@@ -174,9 +188,31 @@ def speak_job(job):
     return speak(*job)
 
 
-def replies(rng, split, count):
+def source(cfg):
+    """Where dialogues come from: a function draw(rng, split) -> [turn, ...], of tiny/world.py or --texts."""
+    if cfg.texts is None:
+        return dialogue
+    found = {split: [] for split in SPLITS}
+    try:
+        with open(cfg.texts, encoding="utf-8") as file:
+            for number, line in enumerate(filter(str.strip, file)):
+                row = parse_turns(from_json(line), hear=False, table=False)
+                turns = [{"user": user, "assistant": reply, "spoken": reply, "topic": "all"}
+                         for user, reply in zip(row["users"], row["replies"])]
+                found[split_by_name(str(row["id"] or number), cfg.held_out)].append(turns)
+    except (OSError, ValueError) as e:
+        fail(f"--texts {cfg.texts} cannot be read ({e})")
+    except LeftOut as e:
+        fail(f"--texts {cfg.texts}, line {number + 1}: {': '.join(e.args)}")
+    for split, rows in found.items():
+        if not rows:
+            fail(f"--texts {cfg.texts} has no dialogues in the split {split}; raise --held_out")
+    return lambda rng, split: rng.choice(found[split])
+
+
+def replies(rng, split, count, draw=dialogue):
     """What the assistant says in `count` dialogues, with marks for how it is said."""
-    return [turn["spoken"] for _ in range(count) for turn in dialogue(rng, split)]
+    return [turn["spoken"] for _ in range(count) for turn in draw(rng, split)]
 
 
 # ---------------------------------------------------------------------------------------------------- codec
@@ -216,59 +252,138 @@ def labelled_clip(wav, events, names):
     return wav, label, *pitch(wav)
 
 
+def draw_crops(rng, clips):
+    """32 crops of 2 s of random clips -> their columns, each (32, ...). A clip is a list of columns, its
+    waveform first; the others have one value a frame, or one a unit."""
+    crops = []
+    for _ in range(32):
+        clip = clips[rng.randrange(len(clips))]
+        units = len(clip[0]) // UNIT
+        start = rng.randint(0, units - CROP)
+        rates = [len(column) // units for column in clip]             # values a unit
+        crops.append([column[start * n:(start + CROP) * n] for column, n in zip(clip, rates)])
+    return [torch.stack(column) for column in zip(*crops)]
+
+
+def decoder_losses(codec, codes, wav, f0, strength):
+    """How far the decoder is from the recordings. codes (B, U, 8), wav (B, 640 U); f0 and strength, as
+    `pitch` has them, (B, 4 U)."""
+    def log_power(power):
+        return torch.log(power + 1e-5)
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        target = codec.stft(wav).abs()
+        pulse_in = codec.stft(codec.pulses(f0)).abs()
+        noise_in = codec.window.square().sum().sqrt()
+    f0_hat, pulse, noise = codec.render(codes)
+    power = (pulse_in * pulse.exp()) ** 2 + (noise_in * noise.exp()) ** 2
+    voiced = strength > 0.6
+    bands = codec.curve.T                             # (257, bands)
+    return {"spectrum": (log_power(power) - log_power(target ** 2)).abs().mean() * 0.5,
+            "envelope": (log_power(power @ bands) - log_power(target ** 2 @ bands)).abs().mean(),
+            "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
+
+
+def read_recordings(path):
+    """The lines of a JSONL file {"speech": a path beside the file, "text": what is said} -> [(wav (samples,)
+    at 16 kHz, text)]. fail() names what cannot be read."""
+    found = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                row = json.loads(line)
+                wav = read_audio(os.path.join(os.path.dirname(path), row["speech"])).numpy()
+                found.append((wav, row["text"]))
+    except KeyError as e:
+        fail(f"--recordings {path}: a line has no {e}")
+    except (OSError, ValueError, TypeError) as e:
+        fail(f"--recordings {path}: {e}; give a JSONL file of lines with speech and text")
+    if not found:
+        fail(f"--recordings {path} is empty")
+    return found
+
+
+def in_time(codec, assistant, wav):
+    """The units of the assistant's speech, slowed and hurried as `wav` says the same. Both (samples,) at 16
+    kHz -> (U,), U = samples of wav / 640. Dynamic time warping finds which of its frames is which of ours."""
+    def cepstrum(wav):
+        x = librosa.feature.mfcc(S=whisper.log_mel_spectrogram(wav, 80).numpy(), n_mfcc=13)
+        return (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+
+    _, path = librosa.sequence.dtw(cepstrum(wav), cepstrum(assistant))
+    theirs = np.zeros(len(wav) // NanoCodec.hop, int)
+    theirs[path[:, 0]] = path[:, 1]                   # frame of ours -> frame of theirs
+    units = codec.encode(assistant)
+    return units[torch.from_numpy(theirs[2::4] // 4).clamp(max=len(units) - 1)]
+
+
+def train_voice(cfg, rng):
+    """The shipped codec with another voice: its decoder anew, on --recordings. Tokenizer and units stay as
+    they are, and so does every speech LM that writes these units.
+
+    The tokenizer knows one voice, and hears another one wrongly. So the units of a recording are those of the
+    assistant who says the same, in the recording's time."""
+    codec = NanoCodec.load(f"{cfg.init_from or 'tiny'}/codec.pt")
+    for part in (codec.stem, codec.encoder, codec.fsq, codec.recognise):
+        part.requires_grad_(False)
+    recordings = read_recordings(cfg.recordings)
+    clips = []
+    for wav, text in recordings:
+        wav = 0.13 * wav / max(1e-4, np.sqrt(np.mean(wav ** 2)))      # as loud as espeak-ng
+        wav, _, *melody = labelled_clip(wav, [(0.0, None)], [None])
+        units = in_time(codec, torch.from_numpy(speak(text, cfg.assistant)), wav)
+        clips.append((wav, FSQ.to_codes(units), *melody))
+    minutes = sum(len(wav) for wav, _ in recordings) / SAMPLE_RATE / 60
+    log(cfg, f"voice: {len(clips)} recordings, {minutes:.1f} minutes")
+
+    def loss():
+        wav, codes, *melody = draw_crops(rng, clips)
+        return decoder_losses(codec, codes, wav, *melody)
+
+    fit(cfg, "voice", codec, loss, cfg.codec_steps)
+    codec.save(f"{cfg.out_dir}/codec.pt")
+
+
 def train_codec(cfg, rng):
-    texts = set()
-    while len(texts) < cfg.codec_sentences:
-        for turn in dialogue(rng, "train"):
+    texts, draw = set(), source(cfg)
+    for _ in range(100 * cfg.codec_sentences):        # a file may hold fewer sentences
+        if len(texts) >= cfg.codec_sentences:
+            break
+        for turn in draw(rng, "train"):
             texts.add(turn["spoken"])
             if turn["topic"] != "unclear":
                 texts.add(turn["user"])
-    spoken = run_all(speak_job, [(text, ASSISTANT, True) for text in sorted(texts)])
+    spoken = run_all(speak_job, [(text, cfg.assistant, True) for text in sorted(texts)])
     names = sorted({phoneme for _, events in spoken for _, phoneme in events})
     clips = [labelled_clip(wav, events, names) for wav, events in spoken]
     torch.manual_seed(cfg.seed)
     codec = NanoCodec(phonemes=names)
-
-    def crop():
-        """2 s of a random clip."""
-        wav, label, f0, strength = clips[rng.randrange(len(clips))]
-        start = rng.randint(0, len(wav) // UNIT - CROP)
-        samples = slice(start * UNIT, (start + CROP) * UNIT)
-        frames = slice(start * codec.frames, (start + CROP) * codec.frames)
-        return wav[samples], label[frames], f0[frames], strength[frames] > 0.6
-
-    def log_power(power):
-        return torch.log(power + 1e-5)
+    if cfg.init_from:                                 # all but the layer that names the phonemes
+        weights = NanoCodec.load(f"{cfg.init_from}/codec.pt").state_dict()
+        kept = {name: x for name, x in weights.items() if not name.startswith("recognise.2")}
+        codec.load_state_dict(codec.state_dict() | kept)
 
     def loss():
-        crops = [crop() for _ in range(32)]
-        wav, label, f0, voiced = (torch.stack(column) for column in zip(*crops))
+        wav, label, *melody = draw_crops(rng, clips)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             mel = codec.log_mel(wav)
-            target = codec.stft(wav).abs()
-            pulse_in = codec.stft(codec.pulses(f0)).abs()
-            noise_in = codec.window.square().sum().sqrt()
         codes = codec.tokenize(mel)
         phoneme = codec.recognise(codes).unflatten(-1, (codec.frames, -1)).flatten(1, 2)
         # the decoder does not train the tokenizer: its units serve the recognizer only, see project.md
-        f0_hat, pulse, noise = codec.render(codes.detach())
-        power = (pulse_in * pulse.exp()) ** 2 + (noise_in * noise.exp()) ** 2
-        bands = codec.curve.T                         # (257, bands)
         return {"phoneme": F.cross_entropy(phoneme.float().transpose(1, 2), label),
-                "spectrum": (log_power(power) - log_power(target ** 2)).abs().mean() * 0.5,
-                "envelope": (log_power(power @ bands) - log_power(target ** 2 @ bands)).abs().mean(),
-                "pitch": ((f0_hat.log() - f0.log()).abs() * voiced).sum() / voiced.sum().clamp(1) * 3}
+                **decoder_losses(codec, codes.detach(), wav, *melody)}
 
     fit(cfg, "codec", codec, loss, cfg.codec_steps)
     codec.save(f"{cfg.out_dir}/codec.pt")
-    measure_codec(cfg, rng, codec)
+    if cfg.texts is None:                             # pocketsphinx judges it, and knows only English
+        measure_codec(cfg, rng, codec)
 
 
 def measure_codec(cfg, rng, codec):
     """Word error rates of an independent recognizer, on unseen replies and on what the codec returns."""
     spoken = replies(rng, "test", cfg.figures)[:cfg.figures]
     unseen = [plain(text) for text in spoken]
-    original = run_all(speak_job, [(text, ASSISTANT) for text in spoken])
+    original = run_all(speak_job, [(text, cfg.assistant) for text in spoken])
     decoded = [codec.decode(codec.encode(torch.from_numpy(wav))).numpy() for wav in original]
     with processes() as pool:
         for judge, bigram in (("bigram", True), ("word loop", False)):
@@ -329,21 +444,22 @@ def whisper_transcribe(model, tokenizer, mels, limit=40):
     return [text.split(tokenizer.eos_token)[0] for text in texts]
 
 
-def questions(rng, split, count, accents=ACCENTS):
+def questions(rng, split, count, accents=ACCENTS, draw=dialogue):
     """[(text, voice)]: what users ask in this world, in voices of espeak-ng. Only sentences that belong to
     the split themselves: not those that every split shares, nor those that are held out for their reply."""
     shared = {topic.__name__ for topic in SHARED}
     asked = []
     while len(asked) < count:
-        turns = [turn for turn in dialogue(rng, split) if turn["topic"] not in shared]
-        asked += [turn["user"] for turn in turns if split_of(turn["user"]) == split]
+        turns = [turn for turn in draw(rng, split) if turn["topic"] not in shared]
+        asked += [turn["user"] for turn in turns if draw != dialogue or split_of(turn["user"]) == split]
     return [(text, draw_voice(rng, split, accents)) for text in asked[:count]]
 
 
-def clips_to_hear(rng, count, people):
-    """[(text, voice)] that Whisper learns from: questions, replies, words in any order, English of other
-    worlds, and sounds, whose text is empty. people: share of the voices made from recordings of people."""
-    turns = [turn for _ in range(6000) for turn in dialogue(rng, "train") if turn["topic"] != "unclear"]
+def clips_to_hear(rng, count, people, accents=ACCENTS, draw=dialogue):
+    """[(text, voice)] that Whisper learns from: questions, replies, words in any order, sounds, whose text is
+    empty, and English of other worlds if this is English. people: share of the voices made from recordings of
+    people."""
+    turns = [turn for _ in range(6000) for turn in draw(rng, "train") if turn["topic"] != "unclear"]
     known = [word for turn in turns for word in turn["user"].strip(".?").replace(",", "").split()]
     jobs = []
     while len(jobs) < count:
@@ -361,21 +477,23 @@ def clips_to_hear(rng, count, people):
             voice = voice_of(rng, text, "train")
         if voice and voice.startswith("sound/"):
             text = ""
-        elif voice:
+        elif voice or draw != dialogue and kind == "unclear":
             continue                                  # other languages have other letters
-        if not voice:
-            voice = voices.draw_voice(rng, "train") if rng.random() < people else draw_voice(rng, "train")
+        if not voice and rng.random() < people:
+            voice = voices.draw_voice(rng, "train")
+        elif not voice:
+            voice = draw_voice(rng, "train", accents)
         jobs.append((text, voice))
     return jobs
 
 
 def letters_of(text):
-    """A text as classes for CTC: 1 to 26 for the letters, 27 for a space."""
+    """A text as classes for CTC: 1 to 26 for the letters, without accents and dots, 27 for a space."""
     letters = []
-    for c in text.lower():
+    for c in unicodedata.normalize("NFKD", text.lower().replace("ß", "ss")):
         if c == " ":
             letters.append(27)
-        elif c.isalpha():
+        elif "a" <= c <= "z":
             letters.append(1 + ord(c) - ord("a"))
     return letters
 
@@ -411,7 +529,7 @@ def train_whisper(cfg, tokenizer):
     What is said must get through, and nothing else is worth the energy, so the states say little about the
     voice."""
     rng = random.Random(f"{cfg.seed} whisper {RANK}")
-    jobs = clips_to_hear(rng, cfg.whisper_clips // PROCESSES, cfg.whisper_people)
+    jobs = clips_to_hear(rng, cfg.whisper_clips // PROCESSES, cfg.whisper_people, cfg.accents, source(cfg))
     clips = hear_all(jobs, f"{cfg.seed} {RANK}")
     end = tokenizer.eos_token_id
     tokens = [torch.tensor([end, *tokenizer(text)["input_ids"], end]) for text, _ in clips]
@@ -426,6 +544,8 @@ def train_whisper(cfg, tokenizer):
     nn.init.normal_(model.decoder.positional_embedding, std=0.02)
     nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)
     model.encoder = SpeechEncoder(80, 1500, D, D // 64, layers)
+    if cfg.init_from:
+        model.encoder.load_state_dict(load_whisper(f"{cfg.init_from}/whisper.pt").state_dict())
     model.ctc = nn.ModuleDict({"letters": nn.Linear(D, 28), "tokens": nn.Linear(D, blank + 1)})
     torch.manual_seed(cfg.seed + RANK)                # of the noise
     batches = bucketed(rng, [mel.shape[1] for _, mel in clips], 64 // PROCESSES)
@@ -462,6 +582,8 @@ def train_whisper(cfg, tokenizer):
 def measure_whisper(cfg, model, tokenizer):
     """Word error rates on unseen sentences: in unseen voices of espeak-ng, clean and under each condition of
     omni/augment.py, in an accent that it never heard, and in voices made from recordings of people."""
+    if cfg.texts:
+        return measure_texts(cfg, model, tokenizer)
     rng = random.Random(cfg.seed)
     asked = questions(rng, "test", cfg.figures)
     tests = {"unseen sentences and voices": (asked, None),
@@ -483,6 +605,24 @@ def measure_whisper(cfg, model, tokenizer):
         for i in range(0, len(jobs), 50):
             mels = list(itertools.islice(heard, min(50, len(jobs) - i)))
             texts += whisper_transcribe(model, tokenizer, mels)
+        log(cfg, f"whisper: WER on {name}: {100 * word_error_rate([text for text, _ in jobs], texts):.1f} %")
+
+
+def measure_texts(cfg, model, tokenizer):
+    """The same of --texts: on unseen questions in unseen voices, on unseen replies in the assistant's voice,
+    and on what the codec makes of these, which is also how the codec is measured."""
+    rng, draw = random.Random(cfg.seed), source(cfg)
+    codec = NanoCodec.load(f"{cfg.out_dir}/codec.pt")
+    asked = questions(rng, "test", cfg.figures, cfg.accents, draw)
+    said = [(text, cfg.assistant) for text in replies(rng, "test", cfg.figures, draw)]
+    wavs = run_all(speak_job, asked + said)
+    original = wavs[len(asked):]
+    decoded = [codec.decode(codec.encode(torch.from_numpy(wav))).numpy() for wav in original]
+    for name, jobs, clips in (("unseen questions and voices", asked, wavs[:len(asked)]),
+                              ("unseen replies", said, original), ("... after the codec", said, decoded)):
+        texts = []
+        for i in range(0, len(clips), 50):
+            texts += whisper_transcribe(model, tokenizer, [log_mel(wav) for wav in clips[i:i + 50]])
         log(cfg, f"whisper: WER on {name}: {100 * word_error_rate([text for text, _ in jobs], texts):.1f} %")
 
 
@@ -580,7 +720,8 @@ def train_qwen2(cfg, rng):
     """A language model that has read only this world's sentences, words side by side, is lost where words
     come with gaps between them, as from the adapter of stage 1; a large one has read so much that it is not.
     So two dialogues in three are `heard`, through noise of up to the embeddings' own strength."""
-    drawn = [dialogue(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
+    draw = source(cfg)
+    drawn = [draw(rng, "train") for _ in range(cfg.qwen2_dialogues // PROCESSES)]
     tokenizer = make_tokenizer([turn[who] for d in drawn for turn in d for who in ("user", "assistant")])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     data = [labelled_dialogue(rng, tokenizer, d, rng.random() < 0.67) for d in drawn]
@@ -616,12 +757,12 @@ def train_qwen2(cfg, rng):
 def measure_qwen2(cfg, model, tokenizer):
     """How many unseen questions are answered exactly, by topic, when the last turn of a dialogue is asked:
     typed, and as `heard`."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end, draw = tokenizer.convert_tokens_to_ids("<|im_end|>"), source(cfg)
     for how in ("typed", "heard"):
         rng = random.Random(cfg.seed)
         right, count = Counter(), Counter()
         for _ in range(cfg.figures):
-            turns = dialogue(rng, "test")
+            turns = draw(rng, "test")
             rows = labelled_dialogue(random.Random(cfg.seed), tokenizer, turns, how == "heard")
             reply = tokenizer(turns[-1]["assistant"])["input_ids"]
             prompt = rows[:len(rows) - len(reply) - 2]           # without `<|im_end|>` and the newline
@@ -650,7 +791,12 @@ def main():
         measure_whisper(cfg, model, Qwen2Tokenizer.from_pretrained(f"{cfg.out_dir}/qwen2"))
         return
     lines = voices.missing(voices.VOICES["train"])
-    files = {"qwen2": "qwen2", "codec": "codec.pt", "whisper": "whisper.pt", "people": "people.parquet"}
+    files = {"qwen2": "qwen2", "codec": "codec.pt", "voice": "codec.pt", "whisper": "whisper.pt",
+             "people": "people.parquet"}
+    if set(cfg.parts) - files.keys():
+        fail(f"--parts {','.join(cfg.parts)}: known are {', '.join(files)}, and hearing alone")
+    if ("voice" in cfg.parts) != (cfg.recordings is not None):
+        fail("--parts voice and --recordings, a JSONL file, belong together; give both or none")
     new = {part for part in cfg.parts if not os.path.exists(f"{cfg.out_dir}/{files[part]}")}
     if lines and ("people" in new or "whisper" in new and cfg.whisper_people):    # better now than later
         fail(f"synthesizers that Whisper is to hear are not installed ({'; '.join(lines)}); install them, or "
@@ -667,6 +813,8 @@ def main():
             train_qwen2(cfg, rng)
         elif part == "codec":
             train_codec(cfg, rng)
+        elif part == "voice":
+            train_voice(cfg, rng)
         elif part == "people":
             make_people(cfg, rng)
         else:

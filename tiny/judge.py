@@ -1,5 +1,6 @@
 """
-What only the embedded world can be judged by: which word of a reply is stressed.
+What only the embedded world can be judged by: which word of a reply is stressed, and what a nano Whisper of
+another language hears.
 
 Why: which word of a reply answers the question, only the LLM's states tell the speech LM. A recognizer writes
 down words, not stress, so here the speech is compared with espeak-ng's own, in which this word, or another
@@ -11,9 +12,25 @@ import librosa
 import numpy as np
 import torch
 import torch.nn.functional as F
+import whisper
+from transformers import Qwen2Tokenizer
 
 from omni.audio import MIN_SECONDS, SAMPLE_RATE, log_mel
+from omni.checkpoint import load_whisper
 from omni.espeak import speak
+
+
+def by_nano(wavs, folder):
+    """Clips (samples,) at 16 kHz -> yields what a nano Whisper hears in them. folder: of backbones, with its
+    whisper.pt and its words' tokenizer in qwen2/. Raises OSError or RuntimeError."""
+    from tiny.backbones import log_mel as half_mel  # here, because English is judged without
+    from tiny.backbones import whisper_transcribe
+    model = whisper.load_model(f"{folder}/whisper.pt", device="cpu")
+    model.encoder = load_whisper(f"{folder}/whisper.pt")
+    tokenizer = Qwen2Tokenizer.from_pretrained(f"{folder}/qwen2")
+    for wav in wavs:
+        long_enough = len(wav) >= MIN_SECONDS * SAMPLE_RATE
+        yield whisper_transcribe(model, tokenizer, [half_mel(wav)])[0] if long_enough else ""
 
 
 def autocorrelation(x):
