@@ -41,7 +41,7 @@ step "stage 1" \
     --epochs 4 --out_dir out/german_stage1
 step "stage 1 TTS" \
     train config/tiny_stage1_tts.py --init_from out/german_stage1 --codec $at/codec.pt \
-    --epochs 3 --out_dir out/german_stage1_tts
+    --epochs 6 --out_dir out/german_stage1_tts
 step "stage 2" \
     train config/tiny_stage2.py --init_from out/german_stage1_tts --codec $at/codec.pt \
     --epochs 0.8 --out_dir out/german_stage2
