@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A chatbot that speaks German, in another voice: `bash runs/second_language.sh`, after `source runs/setup.sh`
 # or runs/demo.sh. It shows what a second language needs: texts, a synthesizer that asks and answers, and, at
-# this size, all three backbones again, since the shipped ones know only English. They take a third of the
-# time; at real size, where Whisper, Qwen2.5 and CosyVoice 2 are multilingual, they are downloads.
+# this size, all three backbones again, since the shipped ones know only English. They take more than half of
+# the time; at real size, where Whisper and Qwen2.5 are multilingual, they are downloads.
 #
 # The cost and the figures it reached are in reference/your_data.md. Interrupted? Run the same command again:
 # finished steps are skipped.
@@ -41,7 +41,7 @@ step "stage 1" \
     --epochs 4 --out_dir out/german_stage1
 step "stage 1 TTS" \
     train config/tiny_stage1_tts.py --init_from out/german_stage1 --codec $at/codec.pt \
-    --epochs 3 --out_dir out/german_stage1_tts
+    --epochs 6 --out_dir out/german_stage1_tts
 step "stage 2" \
     train config/tiny_stage2.py --init_from out/german_stage1_tts --codec $at/codec.pt \
     --epochs 0.8 --out_dir out/german_stage2

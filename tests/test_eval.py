@@ -409,12 +409,14 @@ def test_stress_is_judged_where_one_word_answers():
 @pytest.mark.parametrize("meta,llm,expected,left_out", [
     ({"source": "tiny", "tts": None, "assistant": "v"}, None, ("tiny/qwen2", "v"), ""),
     ({"source": "tiny", "tts": "say {wav}", "assistant": "v"}, None, ("tiny/qwen2", None), "synthesizer"),
-    ({"source": "text", "tts": None, "assistant": "v"}, "tiny/qwen2", ("tiny/qwen2", None), "synthesizer"),
+    ({"source": "text", "tts": None, "assistant": "v"}, "tiny/qwen2", ("tiny/qwen2", "v"), ""),
+    ({"source": "text", "tts": "say {wav}", "assistant": "v"}, None, (None, None), "synthesizer"),
     ({"source": "folder", "tts": None, "assistant": "v"}, None, (None, None), "typed_before is left out"),
     (None, None, (None, None), "typed_before is left out"),     # a datasets folder of the same columns
 ], ids=str)
 def test_only_the_embedded_corpus_says_what_to_compare_with(tmp_path, capsys, meta, llm, expected, left_out):
-    """Another corpus must not be judged with the embedded world's Qwen2 and synthesizer silently."""
+    """Another corpus must not be judged with the embedded world's Qwen2, nor silently with a synthesizer that
+    did not speak its replies."""
     if meta:
         (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert find_originals(EvalConfig(corpus=str(tmp_path), llm=llm)) == expected
