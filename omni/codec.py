@@ -27,6 +27,7 @@ from functools import partial
 from omni.cosyvoice import CosyVoice2, onnx_session, tokenize
 
 LARGEST = 50                  # units that a piece of sound waits for at most
+SPARE = 0.25                  # seconds of sound below which nobody waits: newcomers may be heard in between
 
 
 def pace(pieces):
@@ -54,11 +55,12 @@ def with_sound(events, codec):
 
     This is also the schedule of language models and codec, which share the cores. It wants the first sound of
     each reply early, then no reply to pause, then little work. So after a round, first pieces are rendered
-    first. Of the other replies, those wait that have more sound to play than the next round and two
-    renderings take, until they have LARGEST units: a piece renders some of the past again, so larger ones
-    cost less. The rest are rendered together.
+    first. Of the other replies, those wait that have more sound to play than a round and two renderings may
+    take (the longest of late) and than SPARE, until they have LARGEST units: a piece renders some of the past
+    again, so larger ones cost less. The rest are rendered together.
     """
-    voiced, over, rendering, asked = {}, [], 0.0, time.monotonic()
+    voiced, over, asked = {}, [], time.monotonic()
+    took = rendering = 0.0                            # the longest of late
     for reply, kind, x in events:
         if kind == "done":
             over.append(reply)
@@ -70,7 +72,8 @@ def with_sound(events, codec):
             continue
         voiced = {reply: sound for reply, sound in voiced.items() if reply in over or not reply.done}
         now = time.monotonic()
-        patience = now - asked + 2 * rendering        # the next round may take as long as this one did
+        took = max(now - asked, 0.9 * took)
+        patience = max(SPARE, took + 2 * rendering)
         first, later = [], []
         for reply, sound in voiced.items():
             urgent = sound.until - now <= patience or len(sound.units) >= LARGEST
@@ -82,7 +85,7 @@ def with_sound(events, codec):
                                        [reply in over for reply in replies])
             now = time.monotonic()
             if any(map(len, pieces)):
-                rendering = now - began
+                rendering = max(now - began, 0.9 * rendering)
             for reply, sound, piece in zip(replies, sounds, pieces):
                 sound.units = []
                 if len(piece):
