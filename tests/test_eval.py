@@ -329,6 +329,7 @@ def test_topics_keep_only_their_turns(tmp_path, monkeypatch, more):
     omni, tokenizer, tts = load()
     monkeypatch.setattr(evaluation, "load_corpus", lambda corpus, split, hear: Dataset.from_list(rows))
     monkeypatch.setattr(evaluation.checkpoint, "load", lambda ckpt: (omni, tokenizer, tts))
+    monkeypatch.setattr(evaluation.checkpoint, "find", lambda ckpt: ckpt)
     arguments = ["--text", "true", "--keep", "0", "--corpus", str(tmp_path), "--out", str(tmp_path / "out"),
                  "--max_tokens", "5", *more]
     monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
