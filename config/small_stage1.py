@@ -5,7 +5,7 @@ the adapter begins from nothing. `bash runs/small.sh` runs all of it.
 Nobody has trained it yet, so lr and epochs are guesses. Cost: by arithmetic in reference/real_sizes.md.
 
 What ran: three steps of 4 dialogues of all three stages one after the other, with random weights of these
-shapes and units of the nano codec, on two CPU cores. Loss 12.1 -> 11.7, 12.2 -> 11.5 and 10.5 -> 11.1; each
+shapes and units of the nano codec, on two CPU cores. Loss 12.1 -> 11.7, 12.1 -> 11.5 and 10.5 -> 11.1; each
 wrote its final/. Host memory peaked at 11.3, 15.5 and 15.5 GB. The script is not kept.
 """
 stage = "stage1"
