@@ -97,11 +97,6 @@ class TrainConfig:
             raise ValueError("lora_rank and freeze_llm are for stage1, where the LLM is trained")
 
 
-# keys that may change when a run is resumed: they decide how, not what, is computed
-FREE = {"resume", "out_dir", "corpus", "log_every", "eval_every", "eval_dialogues", "samples", "codec",
-        "save_every", "keep", "tracker", "compare", "workers", "micro_tokens", "recompute", "compile",
-        "patience"}
-
 cfg = configure(TrainConfig)
 accelerator, sharding = parallel.start(cfg.precision, cfg.tracker, cfg.out_dir)
 device, main, rank, world = (accelerator.device, accelerator.is_main_process, accelerator.process_index,
@@ -116,7 +111,7 @@ def log(text):
         sys.stdout.flush()
 
 
-run = Run(cfg, FREE, accelerator)
+run = Run(cfg, accelerator)
 if run.complete:
     log(f"{cfg.out_dir} is complete: {run.final}")
     raise SystemExit(0)

@@ -164,7 +164,8 @@ def from_backbones(llm, whisper_name, speech_lm, R=3, W=10, pad_audio=False):
         "tts_tokenizer": "tts_tokenizer", "unit_vocab_size": UNIT_VOCAB, "pad_audio": pad_audio}
     with init_empty_weights(), Draws() as draws:
         omni = Omni(config, encoder)
-    omni.model.load_state_dict(qwen2.model.state_dict(), strict=False, assign=True)
+    for name, part in qwen2.model.named_children():   # omni.model has an encoder and an adapter, too
+        omni.model.get_submodule(name).load_state_dict(part.state_dict(), assign=True)
     omni.lm_head.load_state_dict(qwen2.lm_head.state_dict(), assign=True)
     omni.speech_generator.model.load_state_dict(speech_qwen2.state_dict(), assign=True)
     omni.tie()

@@ -28,6 +28,11 @@ from omni import checkpoint, parallel
 from omni.configure import fail
 from omni.files import commit, read_json
 
+# keys that may change when a run is resumed: they decide how, not what, is computed
+FREE = {"resume", "out_dir", "corpus", "log_every", "eval_every", "eval_dialogues", "samples", "codec",
+        "save_every", "keep", "tracker", "compare", "workers", "micro_tokens", "recompute", "compile",
+        "patience"}
+
 
 def rng_state():
     """Of this process: python, numpy, torch, and its GPU."""
@@ -49,11 +54,9 @@ def set_rng_state(state):
 class Run:
     """A run's folder, opened by all of its processes."""
 
-    def __init__(self, cfg, free, accelerator):
-        """cfg: dataclass with out_dir, resume, keep;  free: the keys that may change when a run is resumed.
-
-        fail() if the folder holds another run than cfg describes.
-        """
+    def __init__(self, cfg, accelerator):
+        """cfg: dataclass with out_dir, resume, keep. fail() if the folder holds a run that differs from it in
+        other keys than FREE."""
         self.accelerator, self.main, self.keep = accelerator, accelerator.is_main_process, cfg.keep
         self.folder, self.final = cfg.out_dir, os.path.join(cfg.out_dir, "final")
         self.config = json.loads(json.dumps(dataclasses.asdict(cfg)))                # tuples become lists
@@ -75,7 +78,7 @@ class Run:
         self.base, self.corpus = self.saved.get("base"), None
         before = self.saved.get("config", self.config)
         self.changed = [key for key, value in self.config.items() if before.get(key) != value]
-        fixed = [self.change(key) for key in self.changed if key not in free]
+        fixed = [self.change(key) for key in self.changed if key not in FREE]
         if fixed:
             fail(f"these keys differ from the run in {self.folder}: {'; '.join(fixed)}; put them back, or "
                  "choose another --out_dir")

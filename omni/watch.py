@@ -24,13 +24,11 @@ from omni.corpus import load_corpus
 from omni.engine import Engine
 from omni.files import read_json
 from omni.judges import language_model, transcribe
+from omni.run import FREE
 
 CURVES = "runs/reference_curves"      # STAGE.json: `curve` of our own runs
 SHOWN = 10, 100, 200, 300, 400, 500, 600, 1000, 2000                  # steps of a table, and the last one
-# what may differ without another curve, or is not a setting at all
-UNSAID = {"stage", "out_dir", "resume", "log_every", "eval_every", "eval_dialogues", "samples", "codec",
-          "save_every", "keep", "tracker", "compare", "workers", "micro_tokens", "recompute", "compile",
-          "patience", "seed"}
+UNSAID = FREE - {"corpus"} | {"stage", "seed"}                        # keys that make no other curve
 ROWS = 16                             # replies that are made at once
 TOLERANCE = 1.5                       # a loss beyond this many times the reference's, and 0.02, is not normal
 

@@ -50,7 +50,7 @@ def make_run(at, stage, before):
                 "speech_lm": str(at / "tiny/qwen2"), "lora_rank": 0, "freeze_llm": False, "batch_size": 24,
                 "lr": 0.0075, "resume": True, "keep": 2}
     Config = dataclasses.make_dataclass("Config", settings)
-    run = Run(Config(**settings), set(), accelerate.Accelerator(cpu=True))
+    run = Run(Config(**settings), accelerate.Accelerator(cpu=True))
     if before:
         omni, *tokenizers = checkpoint.load(before)
     else:

@@ -48,12 +48,13 @@ def test_a_repeated_sentence_is_in_one_split():
 
 
 def test_sums_are_right():
-    """By eval of the words' numbers, in place of the table that made them."""
-    value = {word: n for n, word in enumerate(NUMBERS)} | {"plus": "+", "minus": "-"}
+    """By the words' numbers, in place of the table that made them."""
+    value = {word: n for n, word in enumerate(NUMBERS)}
     rows = [row for row in ROWS if row["id"].startswith("sums")]
     for row in rows:
         task, _, result = row["replies"][0].lower().rstrip(".").partition(" ist ")
-        assert eval(" ".join(str(value[word]) for word in task.split())) == value[result]
+        first, sign, second = task.split()
+        assert value[first] + {"plus": 1, "minus": -1}[sign] * value[second] == value[result]
         assert task in row["users"][0]
     assert len(rows) == 1100
 
