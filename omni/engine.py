@@ -17,12 +17,14 @@ the first burst comes in two pieces.
 
 What is shared is only time: each reply's choices are drawn with its own random numbers.
 """
+import itertools
 import os
 import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ class Decoder:
         self.used = [0] * rows                        # positions that each row's cache holds
         d = network.layers[0].self_attn.head_dim
         shape = len(network.layers), rows, network.config.num_key_value_heads, 0, d
-        self.keys = self.values = network.embed_tokens.weight.new_zeros(shape)
+        self.keys = self.values = network.norm.weight.new_zeros(shape)
         self.make_room(length)
 
     def make_room(self, length):
@@ -55,7 +57,9 @@ class Decoder:
         more = length - self.keys.shape[3]
         self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
         position = torch.arange(length, device=self.keys.device)[None]
-        self.cos, self.sin = (x[0] for x in self.network.rotary_emb(self.keys, position))        # (length, d)
+        self.cos, sin = (x[0] for x in self.network.rotary_emb(self.keys, position))             # (length, d)
+        first, second = sin.chunk(2, -1)
+        self.sin = torch.cat([-first, second], -1)    # as `rotate` wants it
 
     def step(self, x, rows, counts):
         """Append embedded positions to rows, and compute their states.
@@ -71,7 +75,7 @@ class Decoder:
         T = max(starts) + n
         if T > self.keys.shape[3]:
             self.make_room(round_up(T, 1024))
-        device, d = x.device, self.keys.shape[-1]
+        device, K, d = x.device, self.keys.shape[2], self.keys.shape[4]
         at = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)       # (B, n)
         mask = None
         if n > 1 or min(starts) < max(starts):
@@ -83,8 +87,7 @@ class Decoder:
         even = isinstance(mine, slice) and min(starts) == max(starts)         # a rectangle of the caches
 
         def rotate(q):
-            first, second = q.chunk(2, -1)
-            return q * cos + torch.cat([-second, first], -1) * sin
+            return torch.addcmul(q * cos, q.roll(d // 2, -1), sin)
 
         def put(cache, x):
             """Append x (B, n, K, d) to the rows of a layer's cache."""
@@ -96,11 +99,14 @@ class Decoder:
         for layer, keys, values in zip(self.network.layers, self.keys, self.values):
             attn, norm = layer.self_attn, layer.input_layernorm
             y = F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-            q, k = attn.q_proj(y), attn.k_proj(y)
-            both = rotate(torch.cat([q, k], -1).view(B, n, -1, d))            # (B, n, H + K, d)
-            q, k = both.split([q.shape[-1] // d, k.shape[-1] // d], 2)
+            if hasattr(attn, "qkv_proj"):             # see `join`
+                y = attn.qkv_proj(y)
+            else:
+                y = torch.cat([attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)], -1)
+            y, v = y.view(B, n, -1, d).tensor_split([-K], 2)                  # (B, n, H + K, d), (B, n, K, d)
+            q, k = rotate(y).tensor_split([-K], 2)
             put(keys, k)
-            put(values, attn.v_proj(y).view(B, n, -1, d))
+            put(values, v)
             y = attend(q, keys[mine, :, :T], values[mine, :, :T], mask)
             x = x + attn.o_proj(y)
             norm = layer.post_attention_layernorm
@@ -135,49 +141,115 @@ def pack(module, leave=None):
             module.set_submodule(name, Packed(layer.weight, layer.bias))
 
 
+class JoinedMLP(torch.nn.Module):
+    """Qwen2's MLP with one product where it has two."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = join(mlp.gate_proj, mlp.up_proj), mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def join_layers(layers):
+    """Let Qwen2's layers make queries, keys and values in one product, and the halves of the MLP in one."""
+    for layer in layers:
+        attn, layer.mlp = layer.self_attn, JoinedMLP(layer.mlp)
+        attn.qkv_proj = join(attn.q_proj, attn.k_proj, attn.v_proj)
+        del attn.q_proj, attn.k_proj, attn.v_proj
+
+
+def join(*layers):
+    """Linear layers with the same input -> one that puts their outputs side by side: a larger product reads
+    memory faster, and is one call."""
+    joined = torch.nn.Linear(1, 1, device="meta", dtype=layers[0].weight.dtype)
+    joined.weight = torch.nn.Parameter(torch.cat([layer.weight for layer in layers]), False)
+    joined.bias = None
+    if layers[0].bias is not None:
+        joined.bias = torch.nn.Parameter(torch.cat([layer.bias for layer in layers]), False)
+    return joined
+
+
+def named(dtype, packed):
+    return str(dtype).removeprefix("torch.") + (", weights packed" if packed else "")
+
+
+def decoding_work(network, dtype, packed):
+    """One step through a Qwen2Model's first four layers, in copies; six of each if they are so small that a
+    cache would hold them."""
+    layers = network.layers[:4]
+    small = sum(p.numel() for p in layers.parameters()) < 2 ** 23
+    layers = torch.nn.ModuleList(deepcopy(layer) for _ in range(6 if small else 1) for layer in layers)
+    norm = deepcopy(network.norm).to(dtype)
+    join_layers(layers.to(dtype))
+    if packed:
+        pack(layers)
+    some = SimpleNamespace(layers=layers, norm=norm, config=network.config, rotary_emb=network.rotary_emb)
+    decoder, x = Decoder(some, 1, 64), torch.ones(1, 1, len(norm.weight), dtype=dtype)
+    return partial(decoder.step, x, [0], [1])
+
+
+def hearing_work(omni, dtype, packed):
+    """The MLPs of four of the encoder's blocks, in copies, on a clip of 2.5 s."""
+    blocks = deepcopy(omni.model.speech_encoder.blocks[:4]).to(dtype)
+    if packed:
+        pack(blocks)
+    x = torch.ones(128, len(blocks[0].mlp_ln.weight), dtype=dtype)
+    return lambda: [block.mlp(x) for block in blocks]
+
+
+def fastest(what, make, precisions, ways):
+    """Time make(dtype, packed)() for each of precisions and, if True is among `ways`, packed -> the (dtype,
+    packed) that takes the least time. bf16 must be worth its rounding."""
+    times = {}
+    for dtype, packed in itertools.product(precisions, ways):
+        work, runs = make(dtype, packed), []
+        for _ in range(20):
+            start = time.perf_counter()
+            work()
+            runs.append(time.perf_counter() - start)
+        times[dtype, packed] = statistics.median(runs)
+    best = min(times, key=lambda way: times[way] * (1 if way[0] == torch.float32 else 1.25))
+    timed = "; ".join(f"{named(*way)} {1000 * seconds:.2f} ms" for way, seconds in times.items())
+    print(f"{what} in {named(*best)} (some layers: {timed})")
+    return best
+
+
 @torch.no_grad()
 def quicken(omni, precisions=(torch.float32, torch.bfloat16), device=None):
-    """Move a model to a device (none: where it is) and make it decode as fast as that allows, in place, and
+    """Move a model to a device (none: where it is) and make it answer as fast as that allows, in place, and
     print how. It cannot be trained or saved any more.
 
     A decoder reads all its weights for every unit, and bf16 is half the bytes: on a GPU it wins. On a CPU it
-    depends on its instructions and on the size, as does packing (see `Packed`), so MLPs of the speech LM are
-    timed, enough of them that a cache does not hold them all. What hears has many rows and is always packed.
+    depends on its instructions and on the size, as does packing (see `Packed`), so a step through some of the
+    speech LM's layers is timed. What hears has many rows: it is always packed, and its precision is timed
+    too.
     """
-    generator, times = omni.speech_generator, {}
-    device = torch.device(device or omni.lm_head.weight.device)
-    mlps = torch.nn.ModuleList(layer.mlp for layer in generator.model.model.layers[:4])
-    cpu = device.type == "cpu"
-    ways = (False, True) if cpu and torch.backends.mkldnn.is_available() else (False,)
-    for dtype in precisions if cpu else ():
-        for packed in ways:
-            copies = deepcopy(mlps).to(dtype)
-            x, runs = torch.ones(1, 1, mlps[0].gate_proj.in_features, dtype=dtype), []
-            if packed:
-                pack(copies)
-            for _ in range(30):
-                start = time.perf_counter()
-                for mlp in copies:
-                    mlp(x)
-                runs.append(time.perf_counter() - start)
-            times[dtype, packed] = statistics.median(runs)
-    def named(dtype, packed):
-        return str(dtype).removeprefix("torch.") + (", weights packed" if packed else "")
-
-    dtype, packed = precisions[-1], False
-    if times:                                         # bf16 must be worth its rounding
-        dtype, packed = min(times, key=lambda way: times[way] * (1 if way[0] == torch.float32 else 1.1))
-    timed = "; ".join(f"{named(*way)} {1000 * seconds:.2f} ms" for way, seconds in times.items())
-    print(f"decoding in {named(dtype, packed)}" + (f" ({len(mlps)} MLPs: {timed})" if times else ""))
+    generator, device = omni.speech_generator, torch.device(device or omni.lm_head.weight.device)
+    hears = torch.nn.ModuleList([omni.model.speech_encoder, omni.model.speech_projector])
+    layers = [*omni.model.layers, *generator.model.model.layers]
+    dtype, packed, hearing, ways = precisions[-1], False, precisions[-1], (False,)
+    if device.type == "cpu":
+        if torch.backends.mkldnn.is_available():
+            ways = False, True
+        hearing, _ = fastest("hearing", partial(hearing_work, omni), precisions, ways[-1:])
+        dtype, packed = fastest("decoding", partial(decoding_work, generator.model.model), precisions, ways)
+    else:
+        print(f"decoding in {named(dtype, packed)}")
     rotary = {m: m.inv_freq for m in omni.modules() if isinstance(m, Qwen2RotaryEmbedding)}
+    omni.model.speech_encoder = omni.model.speech_projector = None
     omni.to(device, dtype)                            # tensor by tensor: a GPU never holds the model in fp32
+    omni.model.speech_encoder, omni.model.speech_projector = hears.to(device, hearing)
     for module, inv_freq in rotary.items():           # 0.2 % of a frequency is a radian after 1,000 positions
         module.inv_freq = inv_freq.to(device)
+    join_layers(layers)
     if packed:
         pack(omni, leave=generator.model.lm_head)
     elif True in ways:
-        pack(omni.model.speech_encoder)
-        pack(omni.model.speech_projector)
+        pack(hears)
     return omni
 
 
