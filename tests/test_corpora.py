@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CHECKPOINT, load
+from conftest import CHECKPOINT, load, run
 from datasets import DatasetDict
 from transformers import AutoTokenizer
 
@@ -51,13 +51,6 @@ def command(source, out_dir, *more):
     config = f"config/data_{source}.py"
     words = (sys.executable, "data.py", config, "--out_dir", out_dir, "--processes", 1, *more)
     return [str(word) for word in words]
-
-
-def run(*words, code=0, **env):
-    """Run a command in the repository; return what it printed."""
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | env)
-    assert done.returncode == code, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout + done.stderr
 
 
 def build_here(monkeypatch, words):

@@ -2,7 +2,6 @@
 numbers that Qwen2.5 is known by, bytes of activations and FLOPs against what torch counts, and the docs
 against what the command prints."""
 import json
-import os
 import re
 import sys
 
@@ -146,8 +145,7 @@ def test_small_chooses_short_answers(tmp_path):
     out = [kept | {"context": "A text."}, kept | {"response": "so " * 31}, kept | {"instruction": "so " * 26}]
     path = tmp_path / "dolly.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*out, kept]))
-    said = run("bash", "runs/small.sh", "--texts", path, tmp_path / "short.jsonl",
-               env=os.environ | {"PYTHON": sys.executable})
+    said = run("bash", "runs/small.sh", "--texts", path, tmp_path / "short.jsonl", PYTHON=sys.executable)
     rows = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
     assert rows == [{"id": "dolly-3", "users": ["What is rain?"], "replies": ["Water that falls."]}]
     assert "1 questions chosen" in said and said.count("\n    1 ") == 3

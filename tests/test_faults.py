@@ -4,30 +4,25 @@ does what it says, whatever the model came from. All with real processes, on CPU
 
 FAULTS=20 pytest tests/test_faults.py    kills 20 times instead of 3
 """
-import atexit
 import contextlib
 import functools
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import resource
-import runpy
 import shutil
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, train_arguments
+from conftest import ROOT, become, fork, train_arguments
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
@@ -56,29 +51,10 @@ SHARDING = {
     "FSDP": FSDP,
     "FSDP, offloaded": FSDP | {"FSDP_OFFLOAD_PARAMS": "true"},
 }
-# New processes are forked from one that has imported what train.py imports: 0.1 s instead of 5.
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["data", "omni.run", "omni.parallel", "omni.watch", "omni.codec", "omni.corpus",
-                             "tensorboard", "peft", "pytest"])
-
-
 def become_train(arguments, env, log, limit):
     """What a new process does: python train.py ..."""
-    os.setsid()
-    multiprocessing.set_start_method(None, force=True)         # inherited from how this process was made
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(ROOT)
-    os.environ |= env
     model.LOGITS = int(env.get("LOGITS", model.LOGITS))
-    sys.argv = ["train.py", *arguments]
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        runpy.run_path("train.py", run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()                                # as python does at its end, but not here
+    become(["train.py", *arguments], log, log, env=env, limit=limit)
 
 
 def free_port():

@@ -166,7 +166,7 @@ def test_the_commands_of_the_script(tmp_path):
         (tmp_path / name).write_text('#!/bin/sh\necho "> $0 $*"\n')
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    printed = run("bash", "runs/second_language.sh", env=os.environ | {"PATH": path})
+    printed = run("bash", "runs/second_language.sh", PATH=path)
     commands = [shlex.split(line)[2:] for line in printed.splitlines() if line.startswith("> ")]
     assert len(commands) == 9
     for command in commands:

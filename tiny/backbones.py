@@ -29,6 +29,7 @@ In another language: `--texts dialogues.jsonl --accents de --assistant de+f2:150
 them for dialogues of your own, which runs/second_language.sh does.
 """
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -171,16 +172,16 @@ def bucketed(rng, lengths, size):
         yield from rng.sample(batches, len(batches))
 
 
+@functools.cache
 def processes():
-    """A pool of one process per core."""
-    return multiprocessing.get_context("spawn").Pool(os.cpu_count())
+    """A pool of processes, this one's share of the cores. To start it takes seconds."""
+    return multiprocessing.get_context("spawn").Pool(max(1, os.cpu_count() // PROCESSES))
 
 
 def run_all(function, jobs):
     """[function(job) for job in jobs], on all cores."""
-    with processes() as pool:
-        results = pool.imap(function, jobs, chunksize=max(1, min(64, len(jobs) // 16)))
-        return list(tqdm(results, total=len(jobs), desc="speaking", unit="utterance"))
+    results = processes().imap(function, jobs, chunksize=max(1, min(64, len(jobs) // 16)))
+    return list(tqdm(results, total=len(jobs), desc="speaking", unit="utterance"))
 
 
 def speak_job(job):
@@ -385,13 +386,12 @@ def measure_codec(cfg, rng, codec):
     unseen = [plain(text) for text in spoken]
     original = run_all(speak_job, [(text, cfg.assistant) for text in spoken])
     decoded = [codec.decode(codec.encode(torch.from_numpy(wav))).numpy() for wav in original]
-    with processes() as pool:
-        for judge, bigram in (("bigram", True), ("word loop", False)):
-            arpa = language_model([plain(text) for text in replies(rng, "train", 2000)], bigram)
-            before = 100 * word_error_rate(unseen, list(by_sphinx(pool, original, arpa)))
-            after = 100 * word_error_rate(unseen, list(by_sphinx(pool, decoded, arpa)))
-            log(cfg, f"codec: {judge} judge, WER on unseen replies {after:.1f} %, on the original speech "
-                     f"{before:.1f} %: excess {after - before:.1f}")
+    for judge, bigram in (("bigram", True), ("word loop", False)):
+        arpa = language_model([plain(text) for text in replies(rng, "train", 2000)], bigram)
+        before = 100 * word_error_rate(unseen, list(by_sphinx(processes(), original, arpa)))
+        after = 100 * word_error_rate(unseen, list(by_sphinx(processes(), decoded, arpa)))
+        log(cfg, f"codec: {judge} judge, WER on unseen replies {after:.1f} %, on the original speech "
+                 f"{before:.1f} %: excess {after - before:.1f}")
 
 
 # -------------------------------------------------------------------------------------------------- whisper
@@ -510,10 +510,9 @@ def hear_all(jobs, seed):
     by_voice = sorted(jobs, key=lambda job: job[1].split(":")[0])    # festival says many at once
     chunks = [by_voice[i:i + 100] for i in range(0, len(by_voice), 100)]
     random.Random(seed).shuffle(chunks)
-    with multiprocessing.get_context("spawn").Pool(max(1, os.cpu_count() // PROCESSES)) as pool:
-        seeded = [(chunk, f"{seed} {i}") for i, chunk in enumerate(chunks)]
-        done = pool.imap(room_job, seeded)
-        heard = list(tqdm(done, total=len(chunks), desc="speaking", unit="hundred", disable=RANK > 0))
+    seeded = [(chunk, f"{seed} {i}") for i, chunk in enumerate(chunks)]
+    done = processes().imap(room_job, seeded)
+    heard = list(tqdm(done, total=len(chunks), desc="speaking", unit="hundred", disable=RANK > 0))
     return [(text, mel) for chunk, mels in zip(chunks, heard)
             for (text, _), versions in zip(chunk, mels) for mel in versions]
 

@@ -1,0 +1,103 @@
+"""The commands of README.md and reference/, one after the other in a folder of their own, as a newcomer types
+them, with smaller numbers. It protects what is copied from a page: each command works, and after those before
+it. torchrun and accelerate are left out here; tests/test_pipeline.py starts both."""
+import json
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, run
+from test_readme import commands_of, keys_of
+
+from tiny import voices
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "reference").glob("*.md"))]
+SMALL = {"train": 24, "validation": 6, "test": 8, "processes": 1, "batch_size": 4, "epochs": 0.4,
+         "workers": 0, "eval_dialogues": 2, "samples": 1, "dialogues": 1, "max_tokens": 8, "max_units": 30,
+         "figures": 4, "codec_steps": 2}
+# What is not run, and why; a word of the command tells. The pages say which need downloads or a GPU.
+NOT_RUN = {
+    "downloads or a GPU": ("downloads/", "hf", "owner/name --columns", "openbookqa", "curl", "large-v3",
+                           "config/stage", "speedrun.sh", "small.sh", "piper"),
+    "an account on the hub": ("omni.hub out/tiny_stage2 owner/name",),
+    "makes the environment": ("venv", "pip install"),
+    "its commands are those of this page": ("demo.sh",),
+    "tests/test_language.py": ("second_language.sh",),
+    "these tests": ("test.sh",),
+    "tests/test_serve.py": ("serve.py",),
+    "tests/test_others.py": ("--source vocalnet", "--source slam"),
+    "tests/test_costs.py": ("--what sizes",),
+    "minutes, or much memory": ("bench.py",),
+    "it serves until it is stopped": ("tensorboard",),
+    "a place for a command": ("...",),
+}
+
+
+def inline(doc):
+    """The commands within a document's sentences."""
+    text = re.sub(r"```.*?```", "", doc.read_text(), flags=re.S)
+    found = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    return [code for code in found if re.match(r"(python|accelerate|torchrun) .*(\.py| -m | -c )", code)]
+
+
+def why_not(command):
+    """Why a command is not run here, or None."""
+    if "--folder" in command:
+        return None
+    return next((why for why, words in NOT_RUN.items() if any(word in command for word in words)), None)
+
+
+COMMANDS = list(dict.fromkeys(command for doc in DOCS for command in commands_of(doc) + inline(doc)))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The repository as a newcomer has it, with files of his own under the names that the pages use."""
+    at = tmp_path_factory.mktemp("home")
+    for name in "config model.py omni reference runs train.py data.py sample.py eval.py".split():
+        (at / name).symlink_to(ROOT / name)
+    for name in ("tiny", "out/english_codec"):        # as your_data.md has the second put together
+        shutil.copytree(ROOT / "tiny", at / name)
+    turns = [{"users": ["What is rain?"], "replies": ["Water."]},
+             {"users": ["And snow?"], "replies": ["Ice."]}]
+    question = ROOT / "reference/carrot/question.flac"
+    for path in ("q1.wav", "q2.wav", "clip.wav", "recordings/q1.wav", "my_voice/001.wav", "downloads/q1.wav"):
+        (at / path).parent.mkdir(exist_ok=True)
+        shutil.copy(question, at / path)
+    lines = {"dialogues.jsonl": turns, "corpus/german.jsonl": turns,
+             "recordings/dialogues.jsonl": [turn | {"speech": ["q1.wav"]} for turn in turns],
+             "my_voice/all.jsonl": [{"speech": "001.wav", "text": "What color is a carrot?"}]}
+    for path, rows in lines.items():
+        (at / path).parent.mkdir(exist_ok=True)
+        rows = [row | {"id": f"row-{i}"} for i, row in enumerate(rows * 12)]
+        (at / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [{"from": "human", "text": "What is rain?", "speech": "q1.wav"},
+            {"from": "gpt", "text": "Water.", "unit": [1, 2, 3]}]
+    released = [{"id": f"instruct_en_{i}", "conversation": said} for i in range(20)]
+    (at / "downloads/instruct_en_200k_data_cosy2.json").write_text(json.dumps(released))
+    (at / "sounddevice.py").write_text("from unittest.mock import MagicMock as OutputStream\n")   # --play
+    return at
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(home, command):
+    reason = why_not(command)
+    if reason:
+        pytest.skip(f"not run: {reason}")
+    words = shlex.split(command)
+    lines = voices.missing(re.findall(r"(?:flite|festival)/\w+", command))
+    if lines:
+        pytest.skip(f"not run: {'; '.join(lines)}")
+    at = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+    words = words[at:]
+    if words[0] != "-m":
+        known = keys_of(words[0])
+        small = SMALL | ({"held_out": 0.2} if "corpus/me" in words else {})      # of two dozen dialogues
+        for key in small.keys() & known:
+            if f"--{key}" in words:
+                words[words.index(f"--{key}") + 1] = small[key]
+            else:
+                words += [f"--{key}", small[key]]
+    run(sys.executable, *words, cwd=home)
