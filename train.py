@@ -126,7 +126,7 @@ steps_per_epoch = len(splits["train"]) // cfg.batch_size
 max_steps = int(steps_per_epoch * cfg.epochs)
 if not max_steps or cfg.batch_size < world:           # said before gigabytes are loaded and written
     fail(f"{len(splits['train'])} dialogues in steps of {cfg.batch_size} are not one step for {world} "
-         "processes; choose another --batch_size")
+         "processes; choose another --batch_size or --epochs")
 if len(splits["validation"]) < world:
     fail(f"{len(splits['validation'])} validation dialogues for {world} processes; build a corpus with more")
 run.set_corpus({"dialogues": len(splits["train"]), "settings": read_json(cfg.corpus, "meta.json"),

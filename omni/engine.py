@@ -228,6 +228,7 @@ def quicken(omni, precisions=(torch.float32, torch.bfloat16), device=None):
     speech LM's layers is timed. What hears has many rows: it is always packed, and its precision is timed
     too.
     """
+    omni.merge_lora()
     generator, device = omni.speech_generator, torch.device(device or omni.lm_head.weight.device)
     hears = torch.nn.ModuleList([omni.model.speech_encoder, omni.model.speech_projector])
     layers = [*omni.model.layers, *generator.model.model.layers]

@@ -14,7 +14,7 @@ from test_readme import commands_of, keys_of
 from tiny import voices
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "reference").glob("*.md"))]
-SMALL = {"train": 24, "validation": 6, "test": 8, "processes": 1, "batch_size": 4, "epochs": 0.4,
+SMALL = {"train": 24, "validation": 6, "test": 8, "processes": 1, "batch_size": 4, "epochs": 0.5,
          "workers": 0, "eval_dialogues": 2, "samples": 1, "dialogues": 1, "max_tokens": 8, "max_units": 30,
          "figures": 4, "codec_steps": 2}
 # What is not run, and why; a word of the command tells. The pages say which need downloads or a GPU.

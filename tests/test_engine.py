@@ -194,6 +194,19 @@ def test_a_quickened_model_says_the_same(prompts, monkeypatch, capsys, packed):
         assert alone(omni, prompt, temperature=0.0) == said
 
 
+def test_a_quickened_model_keeps_what_lora_learned(prompts):
+    """A checkpoint in the middle of a LoRA run answers as it does in training."""
+    omni, *_ = load()
+    plain = alone(omni.eval(), prompts[0], temperature=0.0)
+    omni.add_lora(2)
+    for name, p in omni.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(len(name)))
+    expected = alone(omni, prompts[0], temperature=0.0)
+    assert expected != plain
+    assert alone(quicken(omni, [torch.float32]), prompts[0], temperature=0.0) == expected
+
+
 def test_what_is_moved_to_a_gpu_arrives_in_bf16():
     """No parameter is on the device in fp32 first, which would take twice the memory. (The meta device stands
     in for a GPU: it times nothing and has no memory.)"""
