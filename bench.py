@@ -239,7 +239,6 @@ def bench_reply(size, units, repeats):
     device, tokens = omni.lm_head.weight.device, units * 3 // 10 // 2
     ids, clips = question(omni, 30)
     engine = Engine(quicken(deepcopy(omni), [torch.float32]), max_tokens=tokens, max_units=units, eos=-1)
-    quick = Engine(quicken(deepcopy(omni)), max_tokens=1, eos=-1)
     generator = omni.speech_generator
     head = UNIT_VOCAB * generator.model.lm_head.in_features
     weights = 4 * (costs.matrix_weights(generator.model.model.layers) + head)            # bytes
@@ -252,9 +251,11 @@ def bench_reply(size, units, repeats):
             fail(f"latency: {size}: the two decoders do not say the same")
         ours.append(times)
         theirs.append(slow)
-        texts.append(timed(quick.generate(ids, clips, speak=False))[1][0])
-        for maker in (engine, quick):
-            maker.cached[0].clear()                   # or the clip would not be heard again
+        engine.cached[0].clear()                      # or the clip would not be heard again
+    engine = Engine(quicken(omni), max_tokens=1, eos=-1)
+    for _ in range(repeats):
+        texts.append(timed(engine.generate(ids, clips, speak=False))[1][0])
+        engine.cached[0].clear()
     bursts = [i for i, (kind, _) in enumerate(said) if kind == "units"]
 
     def per_unit(times):

@@ -40,7 +40,7 @@ def attention(q, k, v, mask, causal):
     if torch.is_inference_mode_enabled() and not (q.is_cuda or causal or q.dtype == torch.float32):
         # a CPU hears a clip of 30 s, 1,500 positions, in half the time by products in bf16
         y, k = [], k.transpose(2, 3) * q.shape[-1] ** -0.5
-        for some in q.split(512, 2):                  # so that the weights stay in a cache
+        for some in q.split(512, 2):                  # so that the scores stay in a cache
             scores = some @ k
             y.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v)
         return torch.cat(y, 2)
