@@ -19,8 +19,6 @@ What is shared is only time: each reply's choices are drawn with its own random 
 """
 import itertools
 import os
-import statistics
-import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +27,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.benchmark import Timer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from model import SPEECH, expand_speech
@@ -205,13 +204,9 @@ def fastest(what, make, precisions, ways):
     """Time make(dtype, packed)() for each of precisions and, if True is among `ways`, packed -> the (dtype,
     packed) that takes the least time. bf16 must be worth its rounding."""
     times = {}
-    for dtype, packed in itertools.product(precisions, ways):
-        work, runs = make(dtype, packed), []
-        for _ in range(20):
-            start = time.perf_counter()
-            work()
-            runs.append(time.perf_counter() - start)
-        times[dtype, packed] = statistics.median(runs)
+    for way in itertools.product(precisions, ways):
+        timer = Timer("work()", globals={"work": make(*way)}, num_threads=torch.get_num_threads())
+        times[way] = timer.blocked_autorange(min_run_time=0.05).median
     best = min(times, key=lambda way: times[way] * (1 if way[0] == torch.float32 else 1.25))
     timed = "; ".join(f"{named(*way)} {1000 * seconds:.2f} ms" for way, seconds in times.items())
     print(f"{what} in {named(*best)} (some layers: {timed})")

@@ -1,14 +1,20 @@
 """The commands of README.md and reference/, one after the other in a folder of their own, as a newcomer types
 them, with smaller numbers. It protects what is copied from a page: each command works, and after those before
 it. torchrun and accelerate are left out here; tests/test_pipeline.py starts both."""
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import sys
+import time
+import urllib.request
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, become, fork, run
 from test_readme import commands_of, keys_of
 
 from tiny import voices
@@ -26,7 +32,7 @@ NOT_RUN = {
     "its commands are those of this page": ("demo.sh",),
     "tests/test_language.py": ("second_language.sh",),
     "these tests": ("test.sh",),
-    "tests/test_serve.py": ("serve.py",),
+    "test_the_server_starts below": ("python serve.py",),
     "tests/test_others.py": ("--source vocalnet", "--source slam"),
     "tests/test_costs.py": ("--what sizes",),
     "minutes, or much memory": ("bench.py",),
@@ -39,7 +45,8 @@ def inline(doc):
     """The commands within a document's sentences."""
     text = re.sub(r"```.*?```", "", doc.read_text(), flags=re.S)
     found = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
-    return [code for code in found if re.match(r"(python|accelerate|torchrun) .*(\.py| -m | -c )", code)]
+    command = r"(python|accelerate|torchrun)\b.*(\.py| -m | -c )|bash runs/"
+    return [code for code in found if re.match(command, code)]
 
 
 def why_not(command):
@@ -56,7 +63,7 @@ COMMANDS = list(dict.fromkeys(command for doc in DOCS for command in commands_of
 def home(tmp_path_factory):
     """The repository as a newcomer has it, with files of his own under the names that the pages use."""
     at = tmp_path_factory.mktemp("home")
-    for name in "config model.py omni reference runs train.py data.py sample.py eval.py".split():
+    for name in "config model.py omni reference runs train.py data.py sample.py eval.py serve.py".split():
         (at / name).symlink_to(ROOT / name)
     for name in ("tiny", "out/english_codec"):        # as your_data.md has the second put together
         shutil.copytree(ROOT / "tiny", at / name)
@@ -108,3 +115,30 @@ def test_command(home, lacking, command):
             else:
                 words += [f"--{key}", small[key]]
     run(sys.executable, *words, cwd=home)
+
+
+def test_the_server_starts(home, tmp_path):
+    """`python serve.py` with the checkpoint that the commands above made: its page comes, and Ctrl-C ends
+    it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words, log = ["serve.py", "--ckpt", "out/tiny_stage2", "--port", port], tmp_path / "log"
+    server = fork.Process(target=become, args=(words, log, log, home))
+    server.start()
+    end, page = time.time() + 60, ""
+    while "<html" not in page:
+        assert server.is_alive() and time.time() < end, log.read_text()
+        time.sleep(0.2)
+        with contextlib.suppress(urllib.error.URLError):
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/").read().decode()
+    os.kill(server.pid, signal.SIGINT)
+    server.join(30)
+    assert server.exitcode in (0, -signal.SIGINT), log.read_text()
+
+
+def test_reasons():
+    """Nothing stands in NOT_RUN that no command needs any more, and most commands of ours run."""
+    for word in (word for words in NOT_RUN.values() for word in words):
+        assert any(word in command for command in COMMANDS), word
+    assert sum(why_not(command) is None for command in COMMANDS) > 50

@@ -1,5 +1,7 @@
 """Many replies at once are what they are alone. It protects whoever shares an engine: neither company, nor
 joining, leaving, cancelling, nor what a row held before changes a token."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROWS, generate, load
@@ -182,10 +184,12 @@ def test_a_quickened_model_says_the_same(prompts, monkeypatch, capsys, packed):
     omni, *_ = load()
     omni.eval()
     expected = [alone(omni, prompt, temperature=0.0) for prompt in prompts]
-    ticks = iter(range(10 ** 6))
-    durations = [5, 9, 1] if packed else [5, 1, 9]    # of every pass: hearing, plain, packed
-    monkeypatch.setattr(engine.time, "perf_counter",
-                        lambda: (n := next(ticks)) % 2 * durations[n // 40])
+    medians = iter([5, 9, 1] if packed else [5, 1, 9])         # hearing, plain, packed
+
+    def time_it(timer, min_run_time):
+        timer.timeit(2)
+        return SimpleNamespace(median=next(medians))
+    monkeypatch.setattr(engine.Timer, "blocked_autorange", time_it)
     quicken(omni, [torch.float32])
     assert ("decoding in float32, weights packed" in capsys.readouterr().out) == packed
     assert isinstance(omni.speech_generator.model.model.layers[0].mlp.down_proj, Packed) == packed
@@ -245,6 +249,24 @@ def test_a_quickened_model_in_bf16(prompts):
         omni, *_ = load()
         quicken(omni.eval(), [precision])
         assert omni.lm_head.weight.dtype == precision
+        trace = []
+        list(Engine(omni, trace=trace, **LIMITS).generate(*prompts[0], temperature=0.0))
+        logits.append(trace[0][1][torch.isfinite(trace[0][1])])
+    difference = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+    assert 0 < difference < 0.03
+
+
+def test_hearing_has_a_precision_of_its_own(prompts, monkeypatch):
+    """A model that hears in bf16 and decodes in fp32, which is how CPUs with bf16 have the tiny one: its
+    first logits are those in fp32, but for what hearing rounds."""
+    logits = []
+    for hearing in (torch.float32, torch.bfloat16):
+        omni, *_ = load()
+        monkeypatch.setattr(engine, "fastest", lambda what, *_: (
+            hearing if what == "hearing" else torch.float32, False))
+        quicken(omni.eval())
+        precisions = {p.dtype for p in omni.model.speech_encoder.parameters() if p.ndim == 1}
+        assert precisions == {hearing} and omni.lm_head.weight.dtype == torch.float32
         trace = []
         list(Engine(omni, trace=trace, **LIMITS).generate(*prompts[0], temperature=0.0))
         logits.append(trace[0][1][torch.isfinite(trace[0][1])])
